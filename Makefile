@@ -1,0 +1,60 @@
+# PYTHON names an environment that already has torch (a GPU machine's own); without it, .venv is made here.
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+WORKERS ?= 2
+# expanded when a recipe runs, after setup; a machine's own environment may lack xdist
+XDIST = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n $(WORKERS) --dist worksteal")
+# without a GPU the pinned CPU build and no compiled kernels, with one the newest of everything
+ifeq ($(shell command -v nvidia-smi),)
+PINS := -c constraints/cpu.txt
+BUILD := none
+else
+PINS :=
+BUILD := auto
+endif
+
+.PHONY: setup demo test test-all lint bench memory gpu build-gpu clean
+
+setup: $(READY)
+
+# torch first and pinned: a range would resolve to gigabytes of CUDA packages on a machine without a GPU
+.venv/.ready: constraints/cpu.txt pyproject.toml
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install -q $(PINS) torch
+	.venv/bin/python -m pip install -q $(PINS) "setuptools>=77" wheel
+	VLKERNELS_BUILD=$(BUILD) .venv/bin/python -m pip install -q $(PINS) --no-build-isolation -e ".[hf,demo,bench,dev]"
+	touch $@
+
+demo: setup
+	$(PY) -m models demo
+
+# the ops first: a broken kernel shows before anything that stands on it
+test: setup
+	@if $(PY) -m ruff --version >/dev/null 2>&1; then $(PY) -m ruff check .; else echo "ruff is not installed: not linted"; fi
+	$(PY) -m pytest tests -q -m "not slow" $(XDIST)
+
+test-all: setup
+	$(PY) -m pytest tests -q $(XDIST)
+	$(MAKE) test-transformers-5.17
+
+# the older transformers in an environment of its own, on top of the first one's torch
+.PHONY: test-transformers-5.17
+test-transformers-5.17: setup
+	test -x build/venv-5.17/bin/python || python3 -m venv --system-site-packages build/venv-5.17
+	$(PY) -c "import site; print(site.getsitepackages()[0])" > build/venv-5.17/site.txt
+	cp build/venv-5.17/site.txt "$$(build/venv-5.17/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
+	build/venv-5.17/bin/python -m pip install -q --no-deps --ignore-installed transformers==5.17.0 huggingface_hub==1.33.0
+	build/venv-5.17/bin/python -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
+	build/venv-5.17/bin/python -m pytest tests/test_integrations.py -q -p no:cacheprovider $(XDIST)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""Every Triton kernel, in every configuration that its bench cases get, compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compiled(tmp_path, *arguments: str) -> list[dict]:
+    """The checker runs in a process of its own: under the interpreter a kernel has nothing to compile."""
+    record = tmp_path / "aot.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vlkernels.testing.aot", "--json", str(record), *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(record.read_text())
+
+
+def check(results: list[dict], arch: int) -> None:
+    assert results
+    for r in results:
+        assert r["arch"] == arch and r["spills"] == 0 and r["stack"] == 0 and not r["problems"], r
+        assert 0 < r["registers"] <= 255 and r["plain_tf32"] == 0, r
+        tile = r["config"]
+        rows = tile.get("BLOCK_C") or tile.get("BLOCK_T") or 0
+        if arch == 90 and tile.get("PRODUCT") in ("bf16", "fp16") and rows >= 64:
+            assert r["wgmma"] > 0, r
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_all_builds(tmp_path, arch):
+    check(compiled(tmp_path, "--arch", str(arch)), arch)
+
+
+@pytest.fixture(scope="module")
+def sm_90(tmp_path_factory) -> list[dict]:
+    """The precisions that people train in; the other ones are in test_all_builds."""
+    return compiled(tmp_path_factory.mktemp("aot"), "--arch", "90", "--precision", "bf16,bf16+fp32 amp,fp32")
+
+
+def test_sm_90(sm_90):
+    check(sm_90, 90)
+
+
+def test_every_kernel_is_compiled(sm_90):
+    """A kernel that no bench case launches would never be looked at."""
+    from vlkernels import backends
+
+    for op in backends.OPS.values():
+        kernels = {name for name in vars(op.kernels["triton"]) if name.startswith(op.name) and name.endswith("_kernel")}
+        assert kernels == {r["kernel"] for r in sm_90 if r["op"] == op.name}
+
+
+def test_plain_tf32_is_seen(tmp_path):
+    """A product of float32 operands in one tf32 pass is reported: the check can fail."""
+    code = (
+        "from vlkernels.testing import aot\n"
+        "from vlkernels.ops.lora_linear import triton as kernels\n"
+        "plain = kernels._product\n"
+        "kernels._product = lambda dtype: plain(dtype) | {'PRECISION': 'tf32'}\n"
+        "from vlkernels import backends\n"
+        "builds = aot.recorded_builds(backends.OPS['lora_linear'], 90, ('fp32',))\n"
+        "build = next(b for b in builds if b.kernel == 'lora_linear_down_kernel')\n"
+        "assert aot.compile_build(build)['plain_tf32'] > 0\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

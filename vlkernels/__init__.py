@@ -1,0 +1,8 @@
+"""Fused Triton and CUDA kernels for the parts that turn a language model into a vision-LLM, behind drop-in modules."""
+
+from .backends import BackendRefused, explain, use_backend
+from .integrations.swap import swap, unswap
+from .ops.lora_linear import lora_linear
+
+__version__ = "0.1.0"
+__all__ = ["BackendRefused", "explain", "lora_linear", "swap", "unswap", "use_backend"]

@@ -1,0 +1,204 @@
+"""Op: from an op's annotated reference to schema, fake, autograd, autocast rule and registry."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _library, backends
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    torch.dtype | None: "ScalarType?",
+}
+
+
+class Op:
+    """A differentiable operator with one specification and several backends.
+
+    The folder holds `reference.py` with `forward` (annotated: it gives the schema), `check` (the arguments, or an
+    error), `draw` (fills in random seeds) and `residuals` (what kernels save besides arguments), and kernel modules
+    `triton.py`, `cuda.py` with
+
+        refuses(*values) -> str | None        why this call cannot run here
+        declines(*values) -> str | None       why it is not worth running here
+        forward(*values) -> (outputs..., residuals...)
+        backward(grads, saved: dict, *other values, needs: dict) -> dict of gradients by argument name
+
+    On the reference the plain function runs, so autograd, Inductor and functorch see ordinary PyTorch. A kernel runs
+    through `torch.ops.vlkernels.<name>`, whose backward is `torch.ops.vlkernels.<name>_backward` on the same backend.
+
+    saves: names of the arguments and residuals that backward needs, residuals last. Every argument that can get a
+        gradient must be among them (its shape is needed); a parameter costs nothing there.
+    """
+
+    def __init__(self, module: str, saves: tuple[str, ...]):
+        self.name = module.rpartition(".")[2]
+        self.saves = saves
+        self.reference = importlib.import_module(module + ".reference")
+        self.__doc__ = self.reference.forward.__doc__
+        signature = inspect.signature(self.reference.forward, eval_str=True)
+        self.types = {name: _SCHEMA_TYPES[p.annotation] for name, p in signature.parameters.items()}
+        self.names = tuple(self.types)
+        self.defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+        self.residuals = tuple(name for name in saves if name not in self.types)
+        self.outputs = 1 if signature.return_annotation is Tensor else len(signature.return_annotation.__args__)
+        self.others = tuple(name for name, kind in self.types.items() if not kind.startswith("Tensor"))
+        self.kernels = {
+            backend: _kernel_module(module, backend) for backend in backends.ORDER if backend != "reference"
+        }
+        if any(isinstance(kernel, types.ModuleType) for kernel in self.kernels.values()):
+            self._operator = self._register()
+        backends.OPS[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"<vlkernels op {self.name}>"
+
+    def values(self, *args, **kwargs) -> tuple:
+        """All argument values in schema order, checked, with defaults and autocast's dtype; seeds not yet drawn."""
+        if len(args) > len(self.names):
+            raise TypeError(f"{self.name} takes at most {len(self.names)} arguments, got {len(args)}")
+        values = list(args)
+        for name in self.names[len(args) :]:
+            if name in kwargs:
+                values.append(kwargs[name])
+            elif name in self.defaults:
+                values.append(self.defaults[name])
+            else:
+                raise TypeError(f"{self.name} misses the argument {name!r}")
+        unknown = [name for name in kwargs if name not in self.names[len(args) :]]
+        if unknown:
+            raise TypeError(
+                f"{self.name} got {unknown[0]!r} twice or does not know it; it takes {', '.join(self.names)}"
+            )
+        if "dtype" in self.types and isinstance(values[0], Tensor):
+            device = values[0].device.type
+            # as torch's own autocast: float64 is left alone, and meta tensors have none
+            available = torch.amp.is_autocast_available(device)
+            if available and torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
+                values[self.names.index("dtype")] = torch.get_autocast_dtype(device)
+        return self.reference.check(*values)
+
+    def __call__(self, *args, backend: str | None = None, **kwargs):
+        values = self.values(*args, **kwargs)
+        return self.run(values, backends.choose(self, values, backend))
+
+    def run(self, values: tuple, backend: str):
+        """The op on checked values and a chosen backend. Seeds are drawn here, after the choice: a caller that leaves
+        the op to someone else's plain code must find torch's generator untouched."""
+        values = self.reference.draw(*values)
+        if backend == "reference":
+            return self.reference.forward(*values)
+        out = self._operator(*values, backend)
+        return out[0] if self.outputs == 1 else out[: self.outputs]
+
+    # -- registration ---------------------------------------------------------------------------------------------
+
+    def _register(self) -> Callable:
+        arguments = ", ".join(f"{kind} {name}" for name, kind in self.types.items())
+        results = ", ".join(["Tensor"] * (self.outputs + len(self.residuals)))
+        forward = torch.library.custom_op(
+            f"vlkernels::{self.name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"({arguments}, str backend) -> ({results})",
+        )
+        forward.register_fake(self._fake)
+
+        grads = ", ".join(f"Tensor? grad_{i}" for i in range(self.outputs))
+        saved = ", ".join(f"{self.types.get(name, 'Tensor')} {name}" for name in self.saves)
+        others = "".join(f", {self.types[name]} {name}" for name in self.others)
+        backward = torch.library.custom_op(
+            f"vlkernels::{self.name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"({grads}, {saved}{others}, bool[] needs, str backend) -> Tensor[]",
+        )
+        backward.register_fake(self._backward_fake)
+        backward.register_autograd(self._refuse_double_backward)
+        self._backward_operator = backward
+        forward.register_autograd(self._autograd, setup_context=self._save)
+        return forward
+
+    def _forward(self, *values_and_backend):
+        *values, backend = values_and_backend
+        with _autocast_off(values[0]):
+            return self.kernels[backend].forward(*values)
+
+    def _fake(self, *values_and_backend):
+        *values, _ = values_and_backend
+        with _autocast_off(values[0]):
+            out = self.reference.forward(*values)
+        outputs = (out,) if self.outputs == 1 else tuple(out)
+        return tuple(o.contiguous() for o in outputs) + tuple(self.reference.residuals(*values))
+
+    def _save(self, ctx, inputs, output) -> None:
+        *values, ctx.backend = inputs
+        by_name = dict(zip(self.names, values, strict=True))
+        ctx.others = tuple(by_name[name] for name in self.others)
+        by_name.update(zip(self.residuals, output[self.outputs :], strict=True))
+        ctx.mark_non_differentiable(*output[self.outputs :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(by_name[name] for name in self.saves))
+
+    def _autograd(self, ctx, *grads):
+        grads = grads[: self.outputs]
+        needs = [bool(need) for need in ctx.needs_input_grad[: len(self.names)]]
+        if all(g is None for g in grads) or not any(needs):
+            return (None,) * (len(self.names) + 1)
+        results = iter(self._backward_operator(*grads, *ctx.saved_tensors, *ctx.others, needs, ctx.backend))
+        return (*(next(results) if need else None for need in needs), None)
+
+    def _backward(self, *values):
+        *values, needs, backend = values
+        grads, saved = values[: self.outputs], values[self.outputs : self.outputs + len(self.saves)]
+        saved = dict(zip(self.saves, saved, strict=True))
+        needed = dict(zip(self.names, needs, strict=True))
+        others = dict(zip(self.others, values[self.outputs + len(self.saves) :], strict=True))
+        with _autocast_off(saved[self.saves[0]]):
+            results = self.kernels[backend].backward(*grads, saved=saved, needs=needed, **others)
+        return [results[name] for name, need in needed.items() if need]
+
+    def _backward_fake(self, *values):
+        *values, needs, _ = values
+        saved = dict(zip(self.saves, values[self.outputs :], strict=False))
+        return [
+            torch.empty_like(saved[name], memory_format=torch.contiguous_format)
+            for name, need in zip(self.names, needs, strict=True)
+            if need
+        ]
+
+    def _refuse_double_backward(self, ctx, *grads):
+        raise RuntimeError(
+            f"{self.name}: its kernels have no second derivative; run the forward under "
+            'vlkernels.use_backend("reference") to differentiate twice'
+        )
+
+
+def _autocast_off(x: Tensor):
+    """Kernels choose their dtypes themselves; a product inside an operator's body would be autocast once more."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _kernel_module(module: str, backend: str) -> types.ModuleType | str:
+    """The op's kernel module, or why there is none. Imported early, for dynamo cannot import while it traces."""
+    if importlib.util.find_spec(f"{module}.{backend}") is None:
+        return f"this op has no {backend} kernel"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "cuda" and (reason := _library.load()) is not None:
+        return reason
+    try:
+        return importlib.import_module(f"{module}.{backend}")
+    except ImportError as error:
+        return f"importing {module}.{backend} failed: {error}"

@@ -1,0 +1,1 @@
+"""One folder an op: reference.py is its specification, triton.py and cuda.py its kernels, cases.py its shapes."""

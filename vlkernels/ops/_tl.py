@@ -1,0 +1,71 @@
+"""jit helpers shared by Triton kernels."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# The interpreter keeps bf16 as uint16: it multiplies the raw bits, and truncates where the GPU rounds to nearest even.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b with float32 accumulation; PRECISION ('ieee' or 'tf32x3') matters for float32 operands only."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even on the GPU and in the interpreter alike."""
+    if INTERPRETED and tl.bfloat16 == DTYPE and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def philox7(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 with 7 rounds: four uint32 words for the counter (c0..c3) under the key (k0, k1)."""
+    for _ in tl.static_range(7):
+        a = c0
+        b = c2
+        c0 = tl.umulhi(b, 0xCD9E8D57) ^ c1 ^ k0
+        c2 = tl.umulhi(a, 0xD2511F53) ^ c3 ^ k1
+        c1 = b * 0xCD9E8D57
+        c3 = a * 0xD2511F53
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def dropout_keep(seed, rows, first_col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(BLOCK_ROWS, BLOCK_COLS) bool: reference.keep_mask for `rows` and the columns from first_col on.
+
+    One Philox call serves 8 columns, so first_col and BLOCK_COLS are multiples of 8.
+    """
+    groups = (first_col // 8 + tl.arange(0, BLOCK_COLS // 8)).to(tl.uint32)
+    zero = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 8), tl.uint32)
+    c0 = zero + groups[None, :]
+    c1 = zero + rows.to(tl.uint32)[:, None]
+    c2 = zero + (rows.to(tl.int64) >> 32).to(tl.uint32)[:, None]
+    k0 = zero + (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = zero + ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox7(c0, c1, c2, zero, k0, k1)
+    # element j of a group is half j & 1 of word j >> 1; each join appends the next lower bit of j as the last axis
+    even = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    odd = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    bits = tl.reshape(tl.join(even, odd), (BLOCK_ROWS, BLOCK_COLS))
+    return bits.to(tl.int32) >= threshold
+
+
+@triton.jit
+def times_mask(x, keep):
+    """x * keep, a product and no select, so that NaN and Inf survive a zero as they do in eager dropout."""
+    if INTERPRETED:
+        return cast(x.to(tl.float32) * keep.to(tl.float32), x.dtype)
+    return x * keep.to(x.dtype)

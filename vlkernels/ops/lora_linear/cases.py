@@ -1,0 +1,147 @@
+"""Shapes of lora_linear, for tests and benchmarks alike."""
+
+from __future__ import annotations
+
+import triton
+
+from ...testing.case import Case, Make
+from .._device import arch
+from .triton import Config, Dims, config
+
+
+def _case(name, T, K, N, R, tags=(), recipe="", **options) -> Case:
+    return Case(name, {"T": T, "K": K, "N": N, "R": R}, options, frozenset(tags), recipe)
+
+
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16+fp32", "amp-bf16", "bf16+fp32 amp")
+
+CASES = (
+    _case("odd", 70, 75, 141, 5, p=0.1, bias=True, tags=("all-precisions",)),
+    # more than one tile along every axis, partial sums over rows and over column blocks
+    _case("tiles", 150, 136, 264, 16, p=0.05, bias=True, lora_bias=True, tags=("all-precisions", "sharp")),
+    # past the rank where dy is read once for ds and dB; two rank tiles
+    _case("wide-rank", 75, 72, 80, 130, bias=True, tags=("all-precisions",)),
+    _case("long-row", 20, 900, 520, 40, p=0.1),
+    # row ranges with partial sums for dB and dA apart
+    _case("many-rows", 530, 24, 20, 33, p=0.1),
+    _case("rank1", 9, 40, 24, 1, p=0.5),
+    _case("one-row", 1, 64, 48, 8),
+    _case("base", 37, 40, 56, 6, p=0.25, base=True),
+    _case("train-weight", 33, 40, 56, 4, bias=True, train_weight=True),
+    _case("rank-512", 40, 32, 24, 512, p=0.1, tags=("slow",)),
+    *(
+        _case(f"{K}x{N} r{R} p{p} M{T}", T, K, N, R, p=p, tags=("bench",), recipe=recipe)
+        for T, K, N, R, p, recipe in (
+            (8192, 4096, 4096, 128, 0.05, "LLaVA-1.5-7B LoRA q/k/v/o"),
+            (8192, 4096, 4096, 128, 0.0, "LLaVA-1.5-7B LoRA q/k/v/o, dropout 0"),
+            (2048, 4096, 4096, 128, 0.05, "LLaVA-1.5-7B LoRA q/k/v/o, short batch"),
+            (8192, 4096, 11008, 128, 0.05, "LLaVA-1.5-7B LoRA gate/up"),
+            (8192, 11008, 4096, 128, 0.05, "LLaVA-1.5-7B LoRA down"),
+            (8192, 4096, 4096, 16, 0.05, "r = 16, peft examples"),
+            (8192, 4096, 14336, 64, 0.0, "Llama-3-8B gate/up"),
+            (8192, 4096, 4096, 256, 0.05, "r = 256"),
+        )
+    ),
+)
+
+
+def inputs(case: Case, make: Make) -> dict:
+    """Arguments of lora_linear; every additive term is at least 30 % of the output's scale."""
+    T, K, N, R = (case[d] for d in "TKNR")
+    p = case.get("p", 0.0)
+    base = case.get("base", False)
+    return {
+        "x": make.normal(T, K, grad=True),
+        "weight": None if base else make.normal(N, K, std=K**-0.5, grad=case.get("train_weight", False), wide=False),
+        "a": make.normal(R, K, std=K**-0.5, role="adapter", grad=True, wide=False),
+        "b": make.normal(N, R, std=R**-0.5, role="adapter", grad=True, wide=False),
+        "bias": make.normal(N, grad=True) if case.get("bias") else None,
+        "lora_bias": make.normal(N, role="adapter", grad=True) if case.get("lora_bias") else None,
+        "base": make.normal(T, N, grad=True) if base else None,
+        "seed": make.seed() if p else None,
+        "scale": 1.0,
+        "p": p,
+    }
+
+
+def fewer_rows(kw: dict, rows: int) -> dict:
+    """The same arguments on the first rows of x."""
+    cut = {name: kw[name].detach()[:rows].requires_grad_() for name in ("x", "base") if kw[name] is not None}
+    return kw | cut
+
+
+# How to leave a term out, or halve it, in the arguments: the engine must see each change fail.
+TERMS = {
+    "branch dropped": lambda kw: kw | {"scale": 0.0},
+    "branch halved": lambda kw: kw | {"scale": kw["scale"] / 2},
+    "bias dropped": lambda kw: kw | {"bias": kw["bias"] * 0} if kw["bias"] is not None else None,
+    "lora_bias halved": lambda kw: kw | {"lora_bias": kw["lora_bias"] / 2} if kw["lora_bias"] is not None else None,
+    "another mask": lambda kw: kw | {"seed": kw["seed"] + 1} if kw["seed"] is not None else None,
+    "no mask": lambda kw: kw | {"p": 0.0} if kw["p"] else None,
+}
+
+
+def flops(case: Case) -> dict[str, int]:
+    """Multiply-adds times two; frozen weight, all of x, a, b needing gradients."""
+    T, K, N, R = (case[d] for d in "TKNR")
+    plain = 0 if case.get("base") else 2 * T * K * N
+    branch = 2 * T * R * (K + N)
+    weight = plain if case.get("train_weight") else 0
+    return {"forward": plain + branch, "backward": plain + weight + 2 * branch}
+
+
+def floor_bytes(case: Case, itemsize: int) -> dict[str, int]:
+    """Each argument read once and each result written once."""
+    T, K, N, R = (case[d] for d in "TKNR")
+    weights = N * K + R * (K + N)
+    return {
+        "forward": itemsize * (T * K + weights + T * N),
+        "backward": itemsize * (T * N + T * K + weights + T * K + R * (K + N)),
+    }
+
+
+def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
+    """Bytes that the Triton plan moves, tile re-reads served by the cache left out; one dtype throughout.
+
+    A test holds this to the count of masked loads, stores and ATen operands.
+    """
+    T, K, N, R = (case[d] for d in "TKNR")
+    tiles = _config(case, itemsize)
+    base, e = case.get("base", False), itemsize
+    mask = 8 if case.get("p") else 0
+    vector = e * N
+    biases = vector * bool(case.get("bias")), vector * bool(case.get("lora_bias"))
+
+    forward = 0 if base else e * (T * K + N * K + T * N) + biases[0]
+    forward += e * (T * K + R * K) + mask + _partial(tiles.down.splits, T * R, e)
+    forward += e * (T * R + N * R + 2 * T * N) + biases[1]  # update
+
+    backward = 0 if base else e * (T * N + N * K + T * K)  # dy W
+    if base:
+        backward += 2 * e * T * N  # dbase, a copy of dy
+    if case.get("train_weight"):
+        backward += e * (T * N + T * K + N * K)
+    if any(biases):
+        backward += e * T * N + 4 * N + sum(4 * N + size for size in biases if size) + 8 * N * bool(biases[1])
+    if tiles.up is not None:
+        blocks = triton.cdiv(N, tiles.up.cols)
+        backward += e * (T * N + N * R + T * R)
+        backward += _partial(blocks, T * R, e) + _partial(tiles.up.splits, N * R, e)
+    else:
+        backward += e * (T * N + N * R) + _partial(tiles.down_dy.splits, T * R, e)
+        backward += e * (T * N + T * R) + _partial(tiles.outer_dy.splits, N * R, e)
+    backward += e * (T * K + T * R) + mask + _partial(tiles.outer_x.splits, K * R, e)
+    backward += e * (T * R + K * R + (1 if base else 2) * T * K) + mask  # masked update of dx
+    return {"forward": forward, "backward": backward}
+
+
+def _partial(splits: int, size: int, itemsize: int) -> int:
+    """Writing a result, through fp32 partial sums when it has several."""
+    return itemsize * size + (8 * splits * size if splits > 1 else 0)
+
+
+def _config(case: Case, itemsize: int) -> Config:
+    import torch
+
+    dims = Dims(*(case[d] for d in "TKNR"))
+    return config(dims, torch.float32 if itemsize == 4 else torch.bfloat16, arch(torch.empty(0)))

@@ -1,0 +1,64 @@
+"""lora_linear with the compiled rank-r update; the one-pass products stay those of triton.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _library
+from . import triton as skinny
+
+_MINIMUM = (8, 0)
+
+
+def refuses(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype) -> str | None:
+    if not x.is_cuda:
+        return f"x is on {x.device.type}; compiled kernels run on CUDA devices"
+    return missing(x.device.index) or skinny.refuses(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype)
+
+
+def declines(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype) -> str | None:
+    return "no measurement shows it ahead of Triton's update kernel yet; backend='cuda' forces it"
+
+
+def forward(*values) -> tuple[Tensor, Tensor]:
+    return skinny.forward(*values, update=_update)
+
+
+def backward(dy, **context) -> dict[str, Tensor]:
+    return skinny.backward(dy, **context, update=_update)
+
+
+@torch.compiler.assume_constant_result
+def missing(device: int | None = None) -> str | None:
+    """Why the compiled kernel cannot run on this CUDA device (default: the current one), or None."""
+    reason = _library.load()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    name = "sm_{}{}".format(*capability)
+    if capability < _MINIMUM:
+        return f"the device is {name}; the kernel needs sm_80 or later"
+    if not _library.covers(capability):
+        return f"the device is {name}; the library holds {', '.join(_library.info()['archs'])}"
+    return None
+
+
+def update(
+    base: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, p: float, out: Tensor
+) -> Tensor:
+    """out = base + mask(seed, p) * scale * (s bᵀ + bias), written into `out`, which may be `base`.
+
+    base, out (T, N); s (T, R); b (N, R), any strides; bias (N,) or None; seed 0-d int64, needed when p > 0.
+    """
+    torch.ops.vlkernels_cuda.lora_linear_update(base, s, b, bias, seed, scale, p, out)
+    return out
+
+
+def _update(base, s, b, bias, seed, scale, p, out, tile) -> None:
+    """update as triton.py calls it: no base means zero, and the tile is the Triton kernel's own affair."""
+    if base is None:
+        base = out.zero_()
+    update(base, s, b, bias, seed, scale, p, out)

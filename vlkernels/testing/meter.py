@@ -1,0 +1,181 @@
+"""Meters: saved bytes, kernel launches, bytes moved, FLOPs. All are measured on a run, none is declared.
+
+Launches are counted on any device. Bytes and FLOPs of Triton kernels are counted in Triton's interpreter, which runs
+every masked load, store and product; run with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+from .. import backends
+from ..ops import _tl
+
+_ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "detach"}
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Addresses of the tensors' storages."""
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def saved_bytes(fn: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
+    """Bytes of the distinct storages that fn's forward saves for backward; those of `apart` are left out.
+
+    `apart` names what is there anyway: parameters, and the op's own input. Parameters are left out by themselves where
+    autograd hands them over as such; a view of one needs to be named.
+    """
+    known = storages(apart)
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if not isinstance(t, torch.nn.Parameter) and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    keep = None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        # the result holds the graph, so that no address is used twice while counting
+        keep = fn()
+    del keep
+    return sum(found.values())
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[Counter]:
+    """Counts the Triton kernels launched inside the block, by name."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    counts: Counter = Counter()
+    kind = InterpretedFunction if _tl.INTERPRETED.value else JITFunction
+    run = kind.run
+
+    def counted(self, *args, warmup, **kwargs):
+        if not warmup:
+            counts[self.fn.__name__] += 1
+        return run(self, *args, warmup=warmup, **kwargs)
+
+    with mock.patch.object(kind, "run", counted):
+        yield counts
+
+
+@dataclass
+class Traffic:
+    """What ran inside `traffic()`.
+
+    moved: bytes, a byte counted once per launch however often its tiles are loaded (memory's share when the cache holds
+    the re-reads). issued: every masked load and store as issued. flops: of tiles, padding included.
+    """
+
+    moved: int = 0
+    issued: int = 0
+    flops: int = 0
+    launches: Counter = field(default_factory=Counter)
+    moved_by: Counter = field(default_factory=Counter)
+
+    @property
+    def launch_count(self) -> int:
+        return sum(self.launches.values())
+
+
+class _AtenMeter(TorchDispatchMode):
+    def __init__(self, record: Traffic):
+        super().__init__()
+        self.record = record
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vlkernels":
+            # into the operator's body: an op is never one launch
+            name = func._schema.name.partition("::")[2]
+            op = backends.OPS[name.removesuffix("_backward")]
+            body = op._backward if name.endswith("_backward") else op._forward
+            with self:
+                return body(*args)
+        with self:
+            # linear and matmul arrive whole below autograd
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if func.is_view or name in _ALLOCATIONS:
+            return out
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func._schema.is_mutable and tensors:
+            tensors = tensors[1:] if name in ("copy_", "zero_", "fill_") else tensors
+        results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        moved = sum(t.numel() * t.element_size() for t in (*tensors, *results))
+        self.record.moved += moved
+        self.record.issued += moved
+        self.record.moved_by[f"aten::{name}"] += moved
+        self.record.launches[f"aten::{name}"] += 1
+        if func._overloadpacket in flop_registry:
+            self.record.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts bytes, launches and FLOPs inside the block: of ATen operators and of interpreted Triton kernels."""
+    record = Traffic()
+    if not _tl.INTERPRETED.value:
+        with _AtenMeter(record):
+            yield record
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    load, store, product = builder.create_masked_load, builder.create_masked_store, builder.create_dot
+    touched: dict[str, list[np.ndarray]] = {"load": [], "store": []}
+    run = interpreter.InterpretedFunction.run
+
+    def note(kind: str, pointers, mask) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)]
+        touched[kind].append(np.stack((addresses.astype(np.int64), np.full(addresses.size, size)), 1))
+        record.issued += addresses.size * size
+
+    def counted_load(ptrs, mask, *rest):
+        note("load", ptrs, mask)
+        return load(ptrs, mask, *rest)
+
+    def counted_store(ptrs, value, mask, *rest):
+        note("store", ptrs, mask)
+        return store(ptrs, value, mask, *rest)
+
+    def counted_dot(a, b, *rest):
+        record.flops += 2 * a.data.shape[-2] * a.data.shape[-1] * b.data.shape[-1]
+        return product(a, b, *rest)
+
+    def counted_run(self, *args, warmup, **kwargs):
+        for addresses in touched.values():
+            addresses.clear()
+        with _disable_current_modes():  # the interpreter's own copies are not the kernel's
+            out = run(self, *args, warmup=warmup, **kwargs)
+        moved = sum(int(np.unique(np.concatenate(rows), axis=0)[:, 1].sum()) for rows in touched.values() if rows)
+        record.moved += moved
+        record.moved_by[self.fn.__name__] += moved
+        record.launches[self.fn.__name__] += 1
+        return out
+
+    with (
+        mock.patch.object(builder, "create_masked_load", counted_load),
+        mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(builder, "create_dot", counted_dot),
+        mock.patch.object(interpreter.InterpretedFunction, "run", counted_run),
+        _AtenMeter(record),
+    ):
+        yield record
