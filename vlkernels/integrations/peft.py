@@ -1,0 +1,132 @@
+"""peft's LoRA layers with a fused forward. peft 0.21 `tuners/lora/layer.py`."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from .. import backends
+from ..ops.lora_linear import lora_linear
+from .swap import child_problem
+
+
+@functools.cache
+def linear_class() -> type:
+    """The static subclass of peft.tuners.lora.layer.Linear that swapped layers get."""
+    from peft.tuners.lora.layer import Linear as Original
+
+    conv1d = _conv1d_class()
+
+    class Linear(Original):
+        """peft's lora.Linear; base product and low-rank branch through the op lora_linear where the layer allows it."""
+
+        vlkernels_fused = True
+
+        def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            plain_call = not args and all(value is None for value in kwargs.values())
+            if not plain_call or self._vlkernels_problem(x.dtype) is not None:
+                return super().forward(x, *args, **kwargs)
+            y = None
+            for name in self._vlkernels_adapters():
+                values = self._vlkernels_values(x, name, y)
+                backend = backends.choose(lora_linear, values)
+                if y is None and backend == "reference":
+                    return super().forward(x)
+                y = lora_linear.run(values, backend)
+            return y
+
+        def _vlkernels_adapters(self) -> list[str]:
+            return [name for name in self.active_adapters if name in self.lora_A]
+
+        def _vlkernels_values(self, x: torch.Tensor, name: str, y: torch.Tensor | None) -> tuple:
+            """Arguments of lora_linear for one adapter: over the base layer, or over the output y so far."""
+            base, dropout, b = self.base_layer, self.lora_dropout[name], self.lora_B[name]
+            weight = base.weight if type(base) is nn.Linear else base.weight.t()
+            return lora_linear.values(
+                x,
+                weight if y is None else None,
+                self.lora_A[name].weight,
+                b.weight,
+                bias=base.bias if y is None else None,
+                lora_bias=b.bias,
+                base=y,
+                scale=self.scaling[name],
+                p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+                dtype=weight.dtype if self.__dict__.get("_vlkernels_compute") == "base" else None,
+            )
+
+        def _vlkernels_problem(self, dtype: torch.dtype) -> str | None:
+            """Why a call with x in `dtype` must take peft's own forward, or None."""
+            if self.disable_adapters:
+                return "adapters are disabled"
+            if self.merged:
+                return "adapters are merged"
+            reason = child_problem("base_layer", self.base_layer, (nn.Linear, *conv1d))
+            if reason is not None:
+                return reason
+            if type(self.base_layer) is nn.Linear and self.fan_in_fan_out:
+                return "fan_in_fan_out over an nn.Linear"
+            weight = self.base_layer.weight
+            if dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+                return f"x is {dtype} over a {weight.dtype} base without autocast"
+            names = self._vlkernels_adapters()
+            if not names:
+                return "no active adapter on this layer"
+            for name in names:
+                if name in self.lora_variant:
+                    return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+                dropout = self.lora_dropout[name]
+                reason = (
+                    child_problem("lora_A", self.lora_A[name], (nn.Linear,))
+                    or child_problem("lora_B", self.lora_B[name], (nn.Linear,))
+                    or child_problem("lora_dropout", dropout, (nn.Dropout, nn.Identity))
+                )
+                if reason is not None:
+                    return reason
+                if type(dropout) is nn.Dropout and not 0.0 <= dropout.p < 1.0:
+                    return f"dropout {dropout.p}"
+                if self.lora_A[name].bias is not None:
+                    return "lora_A has a bias"
+                if not self.cast_input_dtype_enabled and self.lora_A[name].weight.dtype != dtype:
+                    return "peft's cast of the input to the adapter's dtype is off"
+            return None
+
+        def vlkernels_state(self) -> tuple[str, str]:
+            """(backend, reason) for a training step in this module's present state."""
+            weight = self.base_layer.weight
+            problem = self._vlkernels_problem(weight.dtype)
+            if problem is not None:
+                return "stock", problem
+            name = self._vlkernels_adapters()[0]
+            rows = torch.empty((1024, self.lora_A[name].weight.shape[1]), dtype=weight.dtype, device=weight.device)
+            with torch.enable_grad():
+                decision = backends.decide(lora_linear, self._vlkernels_values(rows, name, None))
+            return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+
+        def vlkernels_configure(self, lora_compute: str = "peft") -> None:
+            if lora_compute == "peft":
+                self.__dict__.pop("_vlkernels_compute", None)
+            else:
+                self._vlkernels_compute = lora_compute
+
+        def extra_repr(self) -> str:
+            return ", ".join(filter(None, (super().extra_repr(), "vlkernels_fused=True")))
+
+    # FSDP2 and accelerate look classes up by name; pickle finds this one through __getattr__ below
+    Linear.__module__ = __name__
+    Linear.__qualname__ = Original.__qualname__
+    return Linear
+
+
+def _conv1d_class() -> tuple[type, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return (Conv1D,)
+
+
+def __getattr__(name: str):
+    if name == "Linear":
+        return linear_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

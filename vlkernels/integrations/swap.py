@@ -1,0 +1,234 @@
+"""Swap the modules of a model that exists for fused ones, and back.
+
+A swapped module keeps its object, parameters and names: only its class becomes a static subclass of its own class,
+whose forward takes the fused path when its children allow it at that moment and calls the original forward when not.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import types
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# "module:Class" of what can be swapped -> "module:function" giving the fused class; nothing is imported before a model
+# holds an instance.
+TARGETS: dict[str, str] = {
+    "peft.tuners.lora.layer:Linear": "vlkernels.integrations.peft:linear_class",
+}
+
+# Modules that users expect to see swapped and that stay as they are, with the reason.
+LEFT: dict[str, str] = {
+    "peft.tuners.lora.layer:Embedding": "LoRA on embeddings has no fused kernel",
+    "peft.tuners.lora.layer:Conv1d": "LoRA on convolutions has no fused kernel",
+    "peft.tuners.lora.layer:Conv2d": "LoRA on convolutions has no fused kernel",
+    "peft.tuners.lora.layer:MultiheadAttention": "LoRA on nn.MultiheadAttention has no fused kernel",
+    "peft.tuners.lora.bnb:Linear4bit": "QLoRA's 4-bit base has no fused kernel yet",
+    "peft.tuners.lora.bnb:Linear8bitLt": "an 8-bit base has no fused kernel",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of the report; `reason` says why it was left, or why its backend is not the first choice."""
+
+    path: str
+    cls: str
+    swapped: bool
+    backend: str
+    reason: str
+
+
+class Report:
+    """What `swap` did, module by module; printing it looks at the modules as they are at that moment."""
+
+    def __init__(self, model: nn.Module, found: list[tuple[str, str, str | None]]):
+        self._model = weakref.ref(model)
+        self._found = found  # path, class key, why it was left (None when swapped)
+
+    @property
+    def entries(self) -> list[Entry]:
+        model = self._model()
+        modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
+        entries = []
+        for path, cls, left in self._found:
+            module = modules.get(path)
+            if left is not None:
+                entries.append(Entry(path, cls, False, "stock", left))
+            elif module is None:
+                entries.append(Entry(path, cls, False, "stock", "no longer in the model"))
+            elif not getattr(module, "vlkernels_fused", False):
+                entries.append(Entry(path, cls, False, "stock", "swapped back"))
+            else:
+                backend, reason = module.vlkernels_state()
+                entries.append(Entry(path, cls, True, backend, reason))
+        return entries
+
+    @property
+    def swapped(self) -> list[str]:
+        return [e.path for e in self.entries if e.swapped]
+
+    def __bool__(self) -> bool:
+        return bool(self.swapped)
+
+    def __len__(self) -> int:
+        return len(self.swapped)
+
+    def __str__(self) -> str:
+        entries = self.entries
+        if not entries:
+            return "vlkernels.swap: nothing to swap in this model"
+        done = [e for e in entries if e.swapped]
+        lines = [f"vlkernels.swap: {len(done)} modules swapped, {len(entries) - len(done)} left"]
+        groups: dict[tuple, list[str]] = {}
+        for e in entries:
+            groups.setdefault((e.swapped, e.cls.rpartition(".")[2], e.backend, e.reason), []).append(e.path)
+        for (swapped, cls, backend, reason), paths in groups.items():
+            head = f"  {'swapped' if swapped else 'left   '} {cls} x {len(paths)} -> {backend}"
+            lines.append(head + (f": {reason}" if reason else ""))
+            lines += [f"      {path}" for path in _shorten(paths)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _shorten(paths: list[str], most: int = 6) -> list[str]:
+    if len(paths) <= most:
+        return paths
+    return [*paths[: most - 1], f"... and {len(paths) - most + 1} more"]
+
+
+def swap(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    lora_compute: str = "peft",
+    strict: bool = False,
+) -> Report:
+    """Give the model's known modules their fused forward, in place; `unswap` gives the original back.
+
+    Nothing is renamed, moved, packed or copied: the state dict, optimizer state, hooks, gradient checkpointing,
+    deepcopy, peft's save and load stay what they were. On CPU, or where no kernel can run, a swapped module runs its
+    original forward, bit for bit.
+
+    Args:
+        model: any nn.Module; a peft model, or a model with peft layers inside.
+        include, exclude: fnmatch patterns of module paths or class names ("*.language_model.*", "Linear").
+        lora_compute: "peft" computes the low-rank branch in peft's dtypes (float32 adapters over a bf16 base: float32);
+            "base" computes it in the base weight's dtype.
+        strict: raise LookupError when nothing was swapped.
+
+    Returns: a Report; `print(report)` shows what was swapped, what was not, and why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if lora_compute not in ("peft", "base"):
+        raise ValueError(f'lora_compute is {lora_compute!r}; accepted: "peft", "base"')
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
+    found: list[tuple[str, str, str | None]] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        key = class_key(module)
+        if getattr(module, "vlkernels_fused", False):
+            found.append((path, class_key_of(type(module).__mro__[1]), None))
+            module.vlkernels_configure(lora_compute=lora_compute)
+            continue
+        if key in LEFT:
+            found.append((path, key.replace(":", "."), LEFT[key]))
+            continue
+        if key not in TARGETS:
+            continue
+        name = type(module).__name__
+        if include is not None and not _matches(path, name, include):
+            found.append((path, key.replace(":", "."), "not among include"))
+        elif exclude is not None and _matches(path, name, exclude):
+            found.append((path, key.replace(":", "."), "among exclude"))
+        else:
+            fused = _fused_class(TARGETS[key])
+            reason = set_class(module, fused)
+            found.append((path, key.replace(":", "."), reason))
+            if reason is None:
+                module.vlkernels_configure(lora_compute=lora_compute)
+    report = Report(model, found)
+    if strict and not report:
+        reasons = "; ".join(sorted({why for _, _, why in found if why})) or "no module of a known class"
+        raise LookupError(f"strict=True and nothing was swapped: {reasons}. Known classes: {', '.join(TARGETS)}")
+    return report
+
+
+def unswap(model: nn.Module) -> int:
+    """Give every swapped module in the model its original class back; returns how many there were."""
+    count = 0
+    for module in model.modules():
+        if getattr(module, "vlkernels_fused", False):
+            module.vlkernels_configure()
+            set_class(module, type(module).__mro__[1])
+            count += 1
+    return count
+
+
+def class_key(module: nn.Module) -> str:
+    return class_key_of(type(module))
+
+
+def class_key_of(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def set_class(module: nn.Module, cls: type) -> str | None:
+    """Set the module's class, or say why not. An accelerate hook keeps a bound forward of its own; it is rebound."""
+    if "forward" in module.__dict__:
+        old = module.__dict__.get("_old_forward")
+        if not hasattr(module, "_hf_hook") or not isinstance(old, types.MethodType) or old.__self__ is not module:
+            return "the instance carries a forward of its own, which a class cannot replace"
+        module._old_forward = types.MethodType(cls.forward, module)
+    module.__class__ = cls
+    return None
+
+
+def _fused_class(target: str) -> type:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)()
+
+
+def _patterns(name: str, value) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{name} is {value!r}; accepted: a pattern or patterns of module paths or class names")
+    return patterns
+
+
+def _matches(path: str, name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def child_problem(name: str, child: nn.Module, kinds: tuple[type, ...]) -> str | None:
+    """Why a fused forward must not read the child's weights itself, or None.
+
+    It would skip the child's hooks, its instance forward, its subclass's forward (a LoRA on it) or its sharding.
+    """
+    if type(child) not in kinds:
+        return f"{name} is a {type(child).__name__}"
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return f"{name} carries hooks"
+    if "forward" in child.__dict__:
+        return f"{name} carries a forward of its own"
+    for parameter in child._parameters.values():
+        if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
+            return f"{name} holds a {type(parameter).__name__}, not a plain tensor"
+        if parameter is not None and (parameter.numel() == 0 or hasattr(parameter, "ds_id")):
+            return f"{name} holds a parameter that is gathered elsewhere"
+    if "weight" in child.__dict__ or hasattr(child, "parametrizations"):
+        return f"{name} is parametrised"
+    return None
