@@ -2,7 +2,8 @@
 
 from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
+from .modules import LoRALinear
 from .ops.lora_linear import lora_linear
 
 __version__ = "0.1.0"
-__all__ = ["BackendRefused", "explain", "lora_linear", "swap", "unswap", "use_backend"]
+__all__ = ["BackendRefused", "LoRALinear", "explain", "lora_linear", "swap", "unswap", "use_backend"]
