@@ -45,10 +45,10 @@ test-all: setup
 # the older transformers in an environment of its own, on top of the first one's torch
 .PHONY: test-transformers-5.17
 test-transformers-5.17: setup
-	test -x build/venv-5.17/bin/python || python3 -m venv --system-site-packages build/venv-5.17
-	$(PY) -c "import site; print(site.getsitepackages()[0])" > build/venv-5.17/site.txt
-	cp build/venv-5.17/site.txt "$$(build/venv-5.17/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
-	build/venv-5.17/bin/python -m pip install -q --no-deps --ignore-installed transformers==5.17.0 huggingface_hub==1.33.0
+	test -x build/venv-5.17/bin/python || $(PY) -m venv build/venv-5.17
+	$(PY) -c "import site; print(site.getsitepackages()[0])" > build/venv-5.17/first
+	cp build/venv-5.17/first "$$(build/venv-5.17/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
+	build/venv-5.17/bin/python -m pip install -q transformers==5.17.0 huggingface_hub==1.33.0
 	build/venv-5.17/bin/python -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
 	build/venv-5.17/bin/python -m pytest tests/test_integrations.py -q -p no:cacheprovider $(XDIST)
 

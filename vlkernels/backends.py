@@ -32,7 +32,7 @@ _forced: str | None = _known(os.environ.get("VLKERNELS_BACKEND"), "VLKERNELS_BAC
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force every op call in the block onto "reference", "triton" or "cuda"; "auto" or None lifts it.
+    """Force every op call in the block onto "reference", "triton" or "cuda"; None or "auto" lifts it.
 
     The setting is the process's, as torch's own backend switches are; a backward pass always uses its forward's backend.
     """

@@ -48,6 +48,7 @@ class Op:
         self.reference = importlib.import_module(module + ".reference")
         self.__doc__ = self.reference.forward.__doc__
         signature = inspect.signature(self.reference.forward, eval_str=True)
+        self.__signature__ = signature
         self.types = {name: _SCHEMA_TYPES[p.annotation] for name, p in signature.parameters.items()}
         self.names = tuple(self.types)
         self.defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
@@ -89,11 +90,11 @@ class Op:
                 values[self.names.index("dtype")] = torch.get_autocast_dtype(device)
         return self.reference.check(*values)
 
-    def __call__(self, *args, backend: str | None = None, **kwargs):
+    def __call__(self, *args, backend: str | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
         values = self.values(*args, **kwargs)
         return self.run(values, backends.choose(self, values, backend))
 
-    def run(self, values: tuple, backend: str):
+    def run(self, values: tuple, backend: str) -> Tensor | tuple[Tensor, ...]:
         """The op on checked values and a chosen backend. Seeds are drawn here, after the choice: a caller that leaves
         the op to someone else's plain code must find torch's generator untouched."""
         values = self.reference.draw(*values)

@@ -137,27 +137,26 @@ def swap(
         if id(module) in seen:
             continue
         seen.add(id(module))
-        key = class_key(module)
-        if getattr(module, "vlkernels_fused", False):
-            found.append((path, class_key_of(type(module).__mro__[1]), None))
+        if (original := _original(module)) is not None:
+            found.append((path, _dotted(original), None))
             module.vlkernels_configure(lora_compute=lora_compute)
             continue
-        if key in LEFT:
-            found.append((path, key.replace(":", "."), LEFT[key]))
+        known = next((cls for cls in type(module).__mro__ if class_key(cls) in TARGETS or class_key(cls) in LEFT), None)
+        if known is None:
             continue
-        if key not in TARGETS:
-            continue
-        name = type(module).__name__
-        if include is not None and not _matches(path, name, include):
-            found.append((path, key.replace(":", "."), "not among include"))
-        elif exclude is not None and _matches(path, name, exclude):
-            found.append((path, key.replace(":", "."), "among exclude"))
-        else:
-            fused = _fused_class(TARGETS[key])
-            reason = set_class(module, fused)
-            found.append((path, key.replace(":", "."), reason))
-            if reason is None:
-                module.vlkernels_configure(lora_compute=lora_compute)
+        reason = LEFT.get(class_key(known))
+        if reason is None and known is not type(module):
+            # FSDP2 makes such a subclass: swap first, shard then
+            reason = f"it is a {type(module).__name__}, a subclass; only the class itself is swapped"
+        if reason is None and include is not None and not _matches(path, known.__name__, include):
+            reason = "not among include"
+        if reason is None and exclude is not None and _matches(path, known.__name__, exclude):
+            reason = "among exclude"
+        if reason is None:
+            reason = set_class(module, _fused_class(TARGETS[class_key(known)]))
+        found.append((path, _dotted(known), reason))
+        if reason is None:
+            module.vlkernels_configure(lora_compute=lora_compute)
     report = Report(model, found)
     if strict and not report:
         reasons = "; ".join(sorted({why for _, _, why in found if why})) or "no module of a known class"
@@ -168,20 +167,29 @@ def swap(
 def unswap(model: nn.Module) -> int:
     """Give every swapped module in the model its original class back; returns how many there were."""
     count = 0
-    for module in model.modules():
-        if getattr(module, "vlkernels_fused", False):
-            module.vlkernels_configure()
-            set_class(module, type(module).__mro__[1])
-            count += 1
+    for path, module in model.named_modules():
+        if (original := _original(module)) is None:
+            continue
+        if "vlkernels_fused" not in vars(type(module)):
+            raise RuntimeError(f"{path} is a {type(module).__name__} now (sharded?); unswap before its class changes")
+        module.vlkernels_configure()
+        set_class(module, original)
+        count += 1
     return count
 
 
-def class_key(module: nn.Module) -> str:
-    return class_key_of(type(module))
-
-
-def class_key_of(cls: type) -> str:
+def class_key(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _original(module: nn.Module) -> type | None:
+    """The class that a swapped module had, None for any other module."""
+    fused = next((cls for cls in type(module).__mro__ if "vlkernels_fused" in vars(cls)), None)
+    return None if fused is None else fused.__mro__[1]
 
 
 def set_class(module: nn.Module, cls: type) -> str | None:
