@@ -34,7 +34,7 @@ _forced: str | None = _known(os.environ.get("VLKERNELS_BACKEND"), "VLKERNELS_BAC
 def use_backend(name: str | None) -> Iterator[None]:
     """Force every op call in the block onto "reference", "triton" or "cuda"; None or "auto" lifts it.
 
-    The setting is the process's, as torch's own backend switches are; a backward pass always uses its forward's backend.
+    The setting is the process's, as torch's own switches are. A backward pass uses its forward's backend.
     """
     global _forced
     previous, _forced = _forced, _known(name, "use_backend(name)")
