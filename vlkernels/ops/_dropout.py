@@ -14,7 +14,7 @@ def threshold(p: float) -> int:
 
 
 def keep_factor(p: float) -> float:
-    """1 / (1 - p) for the probability that acts, so that the expectation is exact; 0 where p rounds to 1 and drops all."""
+    """1 / (1 - p) for the probability that acts: the expectation is exact. 0 where p rounds to 1 and drops all."""
     return LEVELS / (LEVELS - threshold(p)) if threshold(p) < LEVELS else 0.0
 
 
