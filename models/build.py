@@ -1,0 +1,50 @@
+"""Assemble a vision-LLM from its trained parts, and add LoRA to it."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .backbones.tiny import TowerClassifier, configuration, token_ids
+from .data.digits import IMAGE_TOKENS
+from .errors import UserError
+from .recipe import Lora, Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerFast
+
+
+def llava(
+    recipe: Recipe, tower: TowerClassifier, llm: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
+) -> "LlavaForConditionalGeneration":
+    """transformers' LLaVA with copies of the tower's and the LLM's weights and a fresh projector."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=configuration(recipe.vision),
+        text_config=configuration(recipe.llm, **token_ids(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=recipe.feature_layer,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.tower.state_dict())
+    model.model.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def with_lora(model: nn.Module, lora: Lora) -> "PeftModel":
+    """peft's model around `model`, with fresh LoRA layers on the recipe's targets."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target)
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 reads an attribute that transformers 5.23 has renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA target {lora.target!r} fits no module: {error}") from error

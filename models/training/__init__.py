@@ -1,0 +1,1 @@
+"""The staged loop, its checkpoints and its log."""
