@@ -4,6 +4,7 @@ from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
 from .modules import LoRALinear
 from .ops.lora_linear import lora_linear
+from .ops.mlp_projector import mlp_projector
 
 __version__ = "0.1.0"
-__all__ = ["BackendRefused", "LoRALinear", "explain", "lora_linear", "swap", "unswap", "use_backend"]
+__all__ = ["BackendRefused", "LoRALinear", "explain", "lora_linear", "mlp_projector", "swap", "unswap", "use_backend"]

@@ -19,6 +19,7 @@ _SCHEMA_TYPES = {
     float: "float",
     int: "int",
     bool: "bool",
+    str: "str",
     torch.dtype | None: "ScalarType?",
 }
 

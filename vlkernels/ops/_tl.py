@@ -69,3 +69,45 @@ def times_mask(x, keep):
     if INTERPRETED:
         return cast(x.to(tl.float32) * keep.to(tl.float32), x.dtype)
     return x * keep.to(x.dtype)
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def act(x, ACT: tl.constexpr):
+    """The activation of float32 x; "gelu" is the erf form."""
+    if ACT == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACT == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACT == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    else:
+        tl.static_assert(ACT == "relu", "unknown activation")
+        y = tl.where(x < 0.0, 0.0, x)
+    return y
+
+
+@triton.jit
+def act_derivative(x, ACT: tl.constexpr):
+    """d act / dx of float32 x."""
+    if ACT == "gelu":
+        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        y = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+    elif ACT == "silu":
+        s = tl.sigmoid(x)
+        y = s * (1.0 + x * (1.0 - s))
+    elif ACT == "quick_gelu":
+        s = tl.sigmoid(1.702 * x)
+        y = s * (1.0 + 1.702 * x * (1.0 - s))
+    else:
+        tl.static_assert(ACT == "relu", "unknown activation")
+        y = tl.where(x > 0.0, 1.0, 0.0)
+    return y
