@@ -21,9 +21,48 @@ _LORA = (
     ("lora_B.{adapter}.bias", "adapters.{adapter}.bias"),
 )
 
+
+def _both(*names: str) -> tuple[tuple[str, str], ...]:
+    """`weight` and `bias` of modules that both call alike."""
+    return tuple((f"{name}.{p}", f"{name}.{p}") for name in names for p in ("weight", "bias"))
+
+
+def _layers(**names: str) -> tuple[tuple[str, str], ...]:
+    """`weight` and `bias` of modules: ours=upstream's."""
+    return tuple((f"{their}.{p}", f"{our}.{p}") for our, their in names.items() for p in ("weight", "bias"))
+
+
+_LLAVA = (
+    ("weight", "weight"),
+    ("bias", "bias"),
+    *_both("{i}", "{i}.pre_norm", "{i}.proj.0", "{i}.proj.2"),
+)
+
 KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "lora.linear": _LORA,  # peft tuners/lora/layer.py
     "lora.conv1d": _LORA,  # our weight keeps Conv1D's (in, out) layout
+    "dense.llava_projector": _LLAVA,  # below model.mm_projector.
+    "dense.llava_next_mlp_res": _LLAVA,
+    "dense.llava_next_pooler": _both("conv_pool") + _layers(proj="proj.1"),
+    "dense.hf_llava": _both("linear_1", "linear_2"),  # below multi_modal_projector.
+    "dense.internvl_pixel_shuffle_mlp": _layers(layer_norm="mlp1.0", linear_1="mlp1.1", linear_2="mlp1.3"),
+    "dense.cogvlm_glu": (
+        *_both("linear_proj", "norm1", "gate_proj", "dense_h_to_4h", "dense_4h_to_h"),
+        ("boi", "boi"),
+        ("eoi", "eoi"),
+    ),
+    "dense.lavin_adapter_mlp": _layers(linear_1="conv_A", linear_2="conv_B"),
+    "dense.memvp_projector": _layers(linear_1="fc1", linear_2="fc2"),
+    "dense.image_prefix": _both("proj", "ln"),
+    "dense.fromage": _both("visual_embeddings", "visual_fc"),
+    "dense.epalm_connector": _both("connector.{i}"),
+    "dense.vl_adapter_visual_embedding": _both(
+        "feat_embedding.{i}",
+        "absolute_vis_pos_embedding.{i}",
+        "img_order_embedding",
+        "obj_order_embedding",
+        "layer_norm",
+    ),
 }
 
 

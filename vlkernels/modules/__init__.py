@@ -1,5 +1,19 @@
-"""Drop-in modules that stand alone: plain parameter names; `from_plain(m)` shares the parameters of a plain module."""
+"""Drop-in modules that stand alone, with plain parameter names; `integrations.checkpoints` maps upstream's to them."""
 
+from .linear_projector import EpalmConnector, FromageEmbeddings, ImagePrefix, VisualEmbedding
 from .lora import LoRALinear
+from .projector import AdapterMLP, CogVLMGLU, LlavaPooler, LlavaProjector, MLPProjector, PixelShuffleProjector
 
-__all__ = ["LoRALinear"]
+__all__ = [
+    "AdapterMLP",
+    "CogVLMGLU",
+    "EpalmConnector",
+    "FromageEmbeddings",
+    "ImagePrefix",
+    "LlavaPooler",
+    "LlavaProjector",
+    "LoRALinear",
+    "MLPProjector",
+    "PixelShuffleProjector",
+    "VisualEmbedding",
+]

@@ -20,7 +20,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,35 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
-from ..modules import LoRALinear
+from .golden_builders import BUILDERS, GoldenError, Named
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-class GoldenError(ValueError):
-    """What a file holds, or misses, keeps it from being run."""
-
-
-class Named(dict):
-    """A dict whose missing key is an error that says what is missing."""
-
-    def __init__(self, kind: str, items: dict):
-        super().__init__(items)
-        self.kind = kind
-
-    def __missing__(self, key):
-        raise GoldenError(f"the file has no {self.kind}{key}")
-
-    def only(self, *known: str) -> Named:
-        """Itself, after an error for a key that is neither known nor a mere size of the data."""
-        unknown = [key for key in self if key not in known and key not in DATA_KEYS]
-        if unknown:
-            raise GoldenError(f"unknown {self.kind}{unknown[0]}; known: {', '.join(known)}")
-        return self
-
-
-# They size or scale the tensors, which come from the file.
-DATA_KEYS = ("B", "T", "S", "x", "lens", "in_scale", "small_scale", "outlier", "zero_block")
 PREFIXES = ("param", "in", "out", "cot", "grad_in", "grad_param", "aux")
 
 
@@ -112,53 +88,6 @@ def read(path: Path, device: torch.device) -> Golden:
                 raise GoldenError(f"the file has {kind}.{name} but no {of}.{name}")
     in_block = "kind" in metadata and "set" in metadata
     return Golden(metadata["module"], Named("hyper-parameter ", hyperparameters), in_block, tensors, device)
-
-
-# -- modules -------------------------------------------------------------------------------------------------------
-
-Run = Callable[[nn.Module, Named], dict[str, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Builder:
-    """build: hyper-parameters -> the module and a function (module, inputs) -> outputs by name. ops: what must run."""
-
-    build: Callable[[Named], tuple[nn.Module, Run]]
-    ops: tuple[str, ...] = ()
-
-
-def _lora(fan_in_fan_out: bool) -> Callable[[Named], tuple[nn.Module, Run]]:
-    def build(hp: Named) -> tuple[nn.Module, Run]:
-        hp.only("in", "out", "bias", "base", "adapters")
-        base = "conv1d" if fan_in_fan_out else "linear"
-        if hp.get("base", "linear") != base:
-            raise GoldenError(f"hyper-parameter base is {hp.get('base')!r}; accepted: {base!r}")
-        bias = hp.get("bias", True) if fan_in_fan_out else hp["bias"]
-        layer = LoRALinear(hp["in"], hp["out"], 1, bias=bias, fan_in_fan_out=fan_in_fan_out)
-        layer.remove_adapter("default")
-        for name, options in hp["adapters"].items():
-            options = Named(f"adapters.{name}.", options).only("r", "lora_alpha", "use_rslora", "lora_bias")
-            layer.add_adapter(
-                name,
-                options["r"],
-                alpha=options["lora_alpha"],
-                rslora=options.get("use_rslora", False),
-                lora_bias=options.get("lora_bias", False),
-            )
-        layer.active = tuple(hp["adapters"])
-        return layer, run
-
-    def run(layer: LoRALinear, inputs: Named) -> dict[str, Tensor]:
-        deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
-        return {"y": layer(inputs["x"]), "merged_weight": layer.merged_weight(), **deltas}
-
-    return build
-
-
-BUILDERS: dict[str, Builder] = {
-    "lora.linear": Builder(_lora(fan_in_fan_out=False), ops=("lora_linear",)),
-    "lora.conv1d": Builder(_lora(fan_in_fan_out=True), ops=("lora_linear",)),
-}
 
 
 # -- the tolerance rule --------------------------------------------------------------------------------------------
@@ -318,7 +247,9 @@ def _check(record: Record, golden: Golden, backend: str | None) -> None:
     record.ops = sorted(set(calls))
 
     wrong = [str(d) for d in (*record.outputs, *record.gradients) if not d.ok]
-    wrong += _ops_missing(builder.ops, record.ops, launched.seen, backend, bool(record.gradients))
+    wrong += _ops_missing(
+        builder.needs(golden.hyperparameters), record.ops, launched.seen, backend, bool(record.gradients)
+    )
     record.message = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
     record.verdict = "failed" if wrong else "passed"
 

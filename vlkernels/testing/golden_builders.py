@@ -1,0 +1,259 @@
+"""Which module a golden file is about: hyper-parameters -> our module, and how to call it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import (
+    AdapterMLP,
+    CogVLMGLU,
+    EpalmConnector,
+    FromageEmbeddings,
+    ImagePrefix,
+    LlavaPooler,
+    LlavaProjector,
+    LoRALinear,
+    MLPProjector,
+    PixelShuffleProjector,
+    VisualEmbedding,
+)
+from ..modules.projector import llava_layers
+
+
+class GoldenError(ValueError):
+    """What a file holds, or misses, keeps it from being run."""
+
+
+class Named(dict):
+    """A dict whose missing key is an error that says what is missing."""
+
+    def __init__(self, kind: str, items: dict):
+        super().__init__(items)
+        self.kind = kind
+
+    def __missing__(self, key):
+        raise GoldenError(f"the file has no {self.kind}{key}")
+
+    def only(self, *known: str) -> Named:
+        """Itself, after an error for a key that is neither known nor a mere size of the data."""
+        unknown = [key for key in self if key not in known and key not in DATA_KEYS]
+        if unknown:
+            raise GoldenError(f"unknown {self.kind}{unknown[0]}; known: {', '.join(known)}")
+        return self
+
+
+# They size or scale the tensors, which come from the file.
+DATA_KEYS = ("B", "T", "S", "x", "lens", "in_scale", "small_scale", "outlier", "zero_block")
+
+Run = Callable[[nn.Module, Named], dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """build: hyper-parameters -> the module and a function (module, inputs) -> outputs by name.
+
+    ops: what must run, or a function of the hyper-parameters that says so.
+    """
+
+    build: Callable[[Named], tuple[nn.Module, Run]]
+    ops: tuple[str, ...] | Callable[[Named], tuple[str, ...]] = ()
+
+    def needs(self, hp: Named) -> tuple[str, ...]:
+        return self.ops(hp) if callable(self.ops) else self.ops
+
+
+def _accept(hp: Named, key: str, *accepted) -> None:
+    if hp[key] not in accepted:
+        raise GoldenError(f"hyper-parameter {key} is {hp[key]!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+# -- low-rank adapters ---------------------------------------------------------------------------------------------
+
+
+def _lora(fan_in_fan_out: bool) -> Callable[[Named], tuple[nn.Module, Run]]:
+    def build(hp: Named) -> tuple[nn.Module, Run]:
+        hp.only("in", "out", "bias", "base", "adapters")
+        base = "conv1d" if fan_in_fan_out else "linear"
+        if hp.get("base", "linear") != base:
+            raise GoldenError(f"hyper-parameter base is {hp.get('base')!r}; accepted: {base!r}")
+        bias = hp.get("bias", True) if fan_in_fan_out else hp["bias"]
+        layer = LoRALinear(hp["in"], hp["out"], 1, bias=bias, fan_in_fan_out=fan_in_fan_out)
+        layer.remove_adapter("default")
+        for name, options in hp["adapters"].items():
+            options = Named(f"adapters.{name}.", options).only("r", "lora_alpha", "use_rslora", "lora_bias")
+            layer.add_adapter(
+                name,
+                options["r"],
+                alpha=options["lora_alpha"],
+                rslora=options.get("use_rslora", False),
+                lora_bias=options.get("lora_bias", False),
+            )
+        layer.active = tuple(hp["adapters"])
+        return layer, run
+
+    def run(layer: LoRALinear, inputs: Named) -> dict[str, Tensor]:
+        deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
+        return {"y": layer(inputs["x"]), "merged_weight": layer.merged_weight(), **deltas}
+
+    return build
+
+
+# -- dense projectors ----------------------------------------------------------------------------------------------
+
+
+def _run_x(module: nn.Module, inputs: Named) -> dict[str, Tensor]:
+    return {"output": module(inputs["x"])}
+
+
+def _run_feats(module: nn.Module, inputs: Named) -> dict[str, Tensor]:
+    return {"output": module(inputs["feats"])}
+
+
+def _llava(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only("mm_projector_type", "mm_hidden_size", "hidden_size")
+    return LlavaProjector(hp["mm_projector_type"], hp["mm_hidden_size"], hp["hidden_size"]), _run_x
+
+
+def _llava_ops(hp: Named) -> tuple[str, ...]:
+    linears, blocks = llava_layers(hp["mm_projector_type"])
+    return ("mlp_projector",) if linears > 1 or blocks else ()
+
+
+def _llava_pooler(hp: Named) -> tuple[nn.Module, Run]:
+    _accept(hp.only("mm_projector_type", "mm_hidden_size", "hidden_size", "grid"), "mm_projector_type", "pooler")
+    return LlavaPooler(hp["mm_hidden_size"], hp["hidden_size"], hp["grid"]), _run_x
+
+
+def _hf_llava(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only(
+        "vision_hidden_size",
+        "n_feature_layers",
+        "text_hidden_size",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+    )
+    return MLPProjector(
+        hp["vision_hidden_size"],
+        hp["text_hidden_size"],
+        n_feature_layers=hp["n_feature_layers"],
+        bias=hp["multimodal_projector_bias"],
+        act=hp["projector_hidden_act"],
+    ), _run_x
+
+
+def _internvl(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only("vit_hidden_size", "llm_hidden_size", "downsample_ratio", "ps_version", "grid")
+    return PixelShuffleProjector(
+        hp["vit_hidden_size"],
+        hp["llm_hidden_size"],
+        downsample_ratio=hp["downsample_ratio"],
+        ps_version=hp["ps_version"],
+    ), _run_x
+
+
+def _cogvlm(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only("in_features", "hidden_size", "inner_hidden_size")
+    return CogVLMGLU(hp["in_features"], hp["hidden_size"], hp["inner_hidden_size"]), _run_x
+
+
+def _adapter_mlp(hp: Named) -> tuple[nn.Module, Run]:
+    """Without MemVP's scale, indicator and padding: upstream applies them outside."""
+    hp.only("in_features", "hidden_dim", "out_features")
+    return AdapterMLP(hp["in_features"], hp["hidden_dim"], hp["out_features"]), _run_x
+
+
+def _image_prefix(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only(
+        "encoder_name",
+        "image_seq_len",
+        "encoder_out_dim",
+        "out_dim",
+        "use_image_embed_layernorm",
+        "image_embed_dropout_prob",
+    )
+    _accept(hp, "encoder_name", "nfresnet50", "clip_resnet_large")
+    return ImagePrefix(
+        hp["encoder_out_dim"],
+        hp["out_dim"],
+        image_seq_len=hp["image_seq_len"] if hp["encoder_name"] == "nfresnet50" else None,
+        layernorm=hp["use_image_embed_layernorm"],
+        dropout=hp["image_embed_dropout_prob"],
+    ), _run_feats
+
+
+def _fromage(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only("n_visual_tokens", "vision_hidden_size", "embedding_dim", "shared_emb_dim")
+
+    def run(module: FromageEmbeddings, inputs: Named) -> dict[str, Tensor]:
+        return {mode: module(inputs["feats"], mode) for mode in ("captioning", "retrieval")}
+
+    return FromageEmbeddings(
+        hp["vision_hidden_size"], hp["embedding_dim"], hp["shared_emb_dim"], hp["n_visual_tokens"]
+    ), run
+
+
+def _epalm(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only("injected_hidden_states", "vis_dim", "text_dim", "connector_type", "shared_connector")
+    _accept(hp, "connector_type", "linear")
+
+    def run(module: EpalmConnector, inputs: Named) -> dict[str, Tensor]:
+        return {"output": torch.stack(module(inputs["feats"]))}
+
+    shared = hp.get("shared_connector", False)
+    return EpalmConnector(hp["vis_dim"], hp["text_dim"], hp["injected_hidden_states"], shared=shared), run
+
+
+def _visual_embedding(hp: Named) -> tuple[nn.Module, Run]:
+    hp.only(
+        "feat_dim",
+        "pos_dim",
+        "n_images",
+        "d_model",
+        "individual_vis_layer_norm",
+        "use_vis_layer_norm",
+        "additional_visual_embedding_layers",
+        "use_vis_order_embedding",
+        "layer_norm_epsilon",
+        "vocab",
+    )
+    _accept(hp, "pos_dim", 4)
+    ordered = hp["use_vis_order_embedding"]
+
+    def run(module: VisualEmbedding, inputs: Named) -> dict[str, Tensor]:
+        return {"output": module(inputs["feats"], inputs["pos"])}
+
+    return VisualEmbedding(
+        hp["feat_dim"],
+        hp["d_model"],
+        nn.Embedding(hp["vocab"], hp["d_model"]) if ordered else None,
+        n_images=hp["n_images"],
+        individual_vis_layer_norm=hp["individual_vis_layer_norm"],
+        use_vis_layer_norm=hp["use_vis_layer_norm"],
+        additional_visual_embedding_layers=hp["additional_visual_embedding_layers"],
+        use_vis_order_embedding=ordered,
+        eps=hp["layer_norm_epsilon"],
+    ), run
+
+
+_MLP = ("mlp_projector",)
+
+BUILDERS: dict[str, Builder] = {
+    "lora.linear": Builder(_lora(fan_in_fan_out=False), ops=("lora_linear",)),
+    "lora.conv1d": Builder(_lora(fan_in_fan_out=True), ops=("lora_linear",)),
+    "dense.llava_projector": Builder(_llava, ops=_llava_ops),
+    "dense.llava_next_mlp_res": Builder(_llava, ops=_llava_ops),
+    "dense.llava_next_pooler": Builder(_llava_pooler, ops=_MLP),
+    "dense.hf_llava": Builder(_hf_llava, ops=_MLP),
+    "dense.internvl_pixel_shuffle_mlp": Builder(_internvl, ops=_MLP),
+    "dense.cogvlm_glu": Builder(_cogvlm),
+    "dense.lavin_adapter_mlp": Builder(_adapter_mlp, ops=_MLP),
+    "dense.memvp_projector": Builder(_adapter_mlp, ops=_MLP),
+    "dense.image_prefix": Builder(_image_prefix),
+    "dense.fromage": Builder(_fromage),
+    "dense.epalm_connector": Builder(_epalm),
+    "dense.vl_adapter_visual_embedding": Builder(_visual_embedding),
+}
