@@ -78,3 +78,26 @@ def test_fsdp2(unit, mesh):
     torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
     for g, w in zip(got[1], want[1], strict=True):
         assert (g - w).abs().max() <= 64 * torch.finfo(torch.float32).eps * w.abs().max()
+
+
+def test_fsdp2_projector(mesh):
+    """A projector as one unit runs fused; with a child as a unit of its own it runs as upstream wrote it."""
+    from torch.distributed.fsdp import fully_shard
+
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "hidden_size": 16, "num_attention_heads": 2},
+        text_config={"model_type": "llama", "hidden_size": 24, "num_attention_heads": 2},
+    )
+    kind = transformers.models.llava.modeling_llava.LlavaMultiModalProjector
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    for unit in ("projector", "child"):
+        torch.manual_seed(0)
+        owner = torch.nn.Sequential(kind(config))
+        want = owner(x)
+        vlkernels.swap(owner)
+        fully_shard(owner[0] if unit == "projector" else owner[0].linear_1, mesh=mesh)
+        with meter.launches() as counts:
+            got = owner(x)
+            got.sum().backward()
+        assert counts["mlp_projector_act_kernel"] == (unit == "projector")
+        torch.testing.assert_close(got, want)

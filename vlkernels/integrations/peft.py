@@ -13,13 +13,11 @@ from .swap import child_problem
 
 
 @functools.cache
-def linear_class() -> type:
-    """The static subclass of peft.tuners.lora.layer.Linear that swapped layers get."""
-    from peft.tuners.lora.layer import Linear as Original
-
+def linear_class(original: type) -> type:
+    """The static subclass of peft.tuners.lora.layer.Linear (`original`) that swapped layers get."""
     conv1d = _conv1d_class()
 
-    class Linear(Original):
+    class Linear(original):
         """peft's lora.Linear; base product and low-rank branch through the op lora_linear where the layer allows it."""
 
         vlkernels_fused = True
@@ -105,7 +103,7 @@ def linear_class() -> type:
                 decision = backends.decide(lora_linear, self._vlkernels_values(rows, name, None))
             return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
 
-        def vlkernels_configure(self, lora_compute: str = "peft") -> None:
+        def vlkernels_configure(self, lora_compute: str = "peft", **_) -> None:
             if lora_compute == "peft":
                 self.__dict__.pop("_vlkernels_compute", None)
             else:
@@ -116,7 +114,7 @@ def linear_class() -> type:
 
     # FSDP2 and accelerate look classes up by name; pickle finds this one through __getattr__ below
     Linear.__module__ = __name__
-    Linear.__qualname__ = Original.__qualname__
+    Linear.__qualname__ = original.__qualname__
     return Linear
 
 
@@ -128,5 +126,7 @@ def _conv1d_class() -> tuple[type, ...]:
 
 def __getattr__(name: str):
     if name == "Linear":
-        return linear_class()
+        from peft.tuners.lora.layer import Linear
+
+        return linear_class(Linear)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

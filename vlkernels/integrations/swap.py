@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# "module:Class" of what can be swapped -> "module:function" giving the fused class; nothing is imported before a model
-# holds an instance.
+# "module:Class" of what can be swapped -> "module:function" that makes the fused class of it; nothing is imported
+# before a model holds an instance. transformers' projectors are listed in integrations/transformers.py.
 TARGETS: dict[str, str] = {
     "peft.tuners.lora.layer:Linear": "vlkernels.integrations.peft:linear_class",
 }
@@ -109,6 +109,7 @@ def swap(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     lora_compute: str = "peft",
+    projector_level: int = 0,
     strict: bool = False,
 ) -> Report:
     """Give the model's known modules their fused forward, in place; `unswap` gives the original back.
@@ -122,6 +123,7 @@ def swap(
         include, exclude: fnmatch patterns of module paths or class names ("*.language_model.*", "Linear").
         lora_compute: "peft" computes the low-rank branch in peft's dtypes (float32 adapters over a bf16 base: float32);
             "base" computes it in the base weight's dtype.
+        projector_level: 0 keeps a projector's first product for backward, 1 recomputes it.
         strict: raise LookupError when nothing was swapped.
 
     Returns: a Report; `print(report)` shows what was swapped, what was not, and why.
@@ -130,6 +132,10 @@ def swap(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if lora_compute not in ("peft", "base"):
         raise ValueError(f'lora_compute is {lora_compute!r}; accepted: "peft", "base"')
+    if projector_level not in (0, 1):
+        raise ValueError(f"projector_level is {projector_level!r}; accepted: 0, 1")
+    options = {"lora_compute": lora_compute, "projector_level": projector_level}
+    targets, left = registry()
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     found: list[tuple[str, str, str | None]] = []
     seen: set[int] = set()
@@ -139,12 +145,12 @@ def swap(
         seen.add(id(module))
         if (original := _original(module)) is not None:
             found.append((path, _dotted(original), None))
-            module.vlkernels_configure(lora_compute=lora_compute)
+            module.vlkernels_configure(**options)
             continue
-        known = next((cls for cls in type(module).__mro__ if class_key(cls) in TARGETS or class_key(cls) in LEFT), None)
+        known = next((cls for cls in type(module).__mro__ if class_key(cls) in targets or class_key(cls) in left), None)
         if known is None:
             continue
-        reason = LEFT.get(class_key(known))
+        reason = left.get(class_key(known))
         if reason is None and known is not type(module):
             # FSDP2 makes such a subclass: swap first, shard then
             reason = f"it is a {type(module).__name__}, a subclass; only the class itself is swapped"
@@ -153,14 +159,14 @@ def swap(
         if reason is None and exclude is not None and _matches(path, known.__name__, exclude):
             reason = "among exclude"
         if reason is None:
-            reason = set_class(module, _fused_class(TARGETS[class_key(known)]))
+            reason = set_class(module, _fused_class(targets[class_key(known)], known))
         found.append((path, _dotted(known), reason))
         if reason is None:
-            module.vlkernels_configure(lora_compute=lora_compute)
+            module.vlkernels_configure(**options)
     report = Report(model, found)
     if strict and not report:
         reasons = "; ".join(sorted({why for _, _, why in found if why})) or "no module of a known class"
-        raise LookupError(f"strict=True and nothing was swapped: {reasons}. Known classes: {', '.join(TARGETS)}")
+        raise LookupError(f"strict=True and nothing was swapped: {reasons}. Known classes: {', '.join(targets)}")
     return report
 
 
@@ -203,9 +209,18 @@ def set_class(module: nn.Module, cls: type) -> str | None:
     return None
 
 
-def _fused_class(target: str) -> type:
+def registry() -> tuple[dict[str, str], dict[str, str]]:
+    """(what can be swapped, what is left with a reason), by "module:Class"."""
+    from . import transformers as projectors
+
+    prefix = "transformers.models."
+    fused = dict.fromkeys((prefix + key for key in projectors.ROWS), f"{projectors.__name__}:projector_class")
+    return TARGETS | fused, LEFT | {prefix + key: reason for key, reason in projectors.LEFT.items()}
+
+
+def _fused_class(target: str, original: type) -> type:
     module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)()
+    return getattr(importlib.import_module(module), function)(original)
 
 
 def _patterns(name: str, value) -> tuple[str, ...] | None:

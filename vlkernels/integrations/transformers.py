@@ -1,0 +1,228 @@
+"""transformers' multimodal projectors and patch mergers with a fused forward: one family, a row a class.
+
+Every row is [shuffle or merge] -> [norm] -> linear -> activation -> linear; it says under which names the class keeps
+the parts, and how its input becomes mlp_projector's and mlp_projector's output its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..ops.mlp_projector import mlp_projector
+from .swap import child_problem, class_key
+
+
+@dataclass(frozen=True)
+class Row:
+    """linear_1, act, linear_2, norm: paths of the parts. before(module, x, ...) -> (x, op arguments), or None for an
+    input whose handling is upstream's alone. first(module, x, ...) -> x: modules of the class that run before, once
+    it is certain that a kernel follows. after(module, y, x) -> what the class returns."""
+
+    linear_1: str = "linear_1"
+    act: str = "act"
+    linear_2: str = "linear_2"
+    norm: str | None = None
+    gated: bool = False
+    before: Callable | None = None
+    first: Callable | None = None
+    after: Callable | None = None
+
+
+def _square_grid(m: nn.Module, x: Tensor) -> tuple[Tensor, dict] | None:
+    """(B, n, C) as a square grid, shuffled by the class's downsample factor."""
+    side, s = math.isqrt(x.shape[1]), m.downsample_factor
+    if x.dim() != 3 or side * side != x.shape[1] or side % s:
+        return None
+    return x.reshape(x.shape[0], side, side, x.shape[2]), {"shuffle": s}
+
+
+def _as_square(m: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    side = math.isqrt(x.shape[1]) // m.downsample_factor
+    return y.view(y.shape[0], side, side, y.shape[-1])
+
+
+def _given_grid(m: nn.Module, x: Tensor) -> tuple[Tensor, dict] | None:
+    """(B, w, h, C), shuffled by the class's factor."""
+    return None if x.dim() != 4 or x.shape[1] % m.factor or x.shape[2] % m.factor else (x, {"shuffle": m.factor})
+
+
+def _as_given(m: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    return y.view(x.shape[0], x.shape[1] // m.factor, x.shape[2] // m.factor, y.shape[-1])
+
+
+def _merge(m: nn.Module, x: Tensor) -> tuple[Tensor, dict] | None:
+    """(n, C) with a norm over C: hidden_size / C rows become one after it."""
+    x = x.reshape(-1, x.shape[-1])
+    count = m.hidden_size // x.shape[1]
+    return None if count * x.shape[1] != m.hidden_size or x.shape[0] % count else (x, {"merge": count})
+
+
+def _merge_either(m: nn.Module, x: Tensor) -> tuple[Tensor, dict] | None:
+    """As _merge, or with the norm after it."""
+    return (x.reshape(-1, m.hidden_size), {}) if m.use_postshuffle_norm else _merge(m, x)
+
+
+def _norm_and_patch_merger(m: nn.Module, x: Tensor, image_sizes: Tensor) -> Tensor:
+    """Mistral3 unfolds every image by its own size between norm and product: those two stay upstream's."""
+    return m.patch_merger(m.norm(x), image_sizes)
+
+
+def _pooled(m: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    return m.pooling(y)
+
+
+_QWEN = {"linear_1": "mlp.0", "act": "mlp.1", "linear_2": "mlp.2", "norm": "ln_q", "before": _merge}
+
+ROWS: dict[str, Row] = {
+    "llava.modeling_llava:LlavaMultiModalProjector": Row(),
+    "llava_next.modeling_llava_next:LlavaNextMultiModalProjector": Row(),
+    "llava_onevision.modeling_llava_onevision:LlavaOnevisionMultiModalProjector": Row(),
+    "video_llava.modeling_video_llava:VideoLlavaMultiModalProjector": Row(),
+    "vipllava.modeling_vipllava:VipLlavaMultiModalProjector": Row(norm="projector_layernorm"),
+    # the model shuffles before it calls
+    "internvl.modeling_internvl:InternVLMultiModalProjector": Row(norm="layer_norm"),
+    "mistral3.modeling_mistral3:Mistral3MultiModalProjector": Row(first=_norm_and_patch_merger),
+    "aya_vision.modeling_aya_vision:AyaVisionMultiModalProjector": Row(
+        norm="layernorm", gated=True, before=_square_grid, after=_as_square
+    ),
+    "cohere2_vision.modeling_cohere2_vision:Cohere2VisionMultiModalProjector": Row(
+        gated=True, before=_square_grid, after=_as_square
+    ),
+    "lfm2_vl.modeling_lfm2_vl:Lfm2VlMultiModalProjector": Row(norm="layer_norm", before=_given_grid, after=_as_given),
+    "perception_lm.modeling_perception_lm:PerceptionLMMultiModalProjector": Row(act="gelu", after=_pooled),
+    "qwen2_vl.modeling_qwen2_vl:PatchMerger": Row(**_QWEN),
+    "qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLPatchMerger": Row(**_QWEN),
+    "qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionPatchMerger": Row(
+        linear_1="linear_fc1", act="act_fn", linear_2="linear_fc2", norm="norm", before=_merge_either
+    ),
+}
+
+# Projectors in which mlp_projector's form does not occur.
+LEFT: dict[str, str] = {
+    "paligemma.modeling_paligemma:PaliGemmaMultiModalProjector": "one linear layer: nothing to fuse",
+    "gemma3.modeling_gemma3:Gemma3MultiModalProjector": "pool, norm and one product: no fused kernel yet",
+    "idefics3.modeling_idefics3:Idefics3Connector": "a shuffle and one linear layer: nothing to fuse",
+    "smolvlm.modeling_smolvlm:SmolVLMConnector": "a shuffle and one linear layer: nothing to fuse",
+    "glm4v.modeling_glm4v:Glm4vVisionPatchMerger": "an activation between norm and gate: no fused kernel yet",
+}
+
+
+def _acts() -> dict[type, str]:
+    from transformers import activations as hf
+
+    names = {
+        "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh", "QuickGELUActivation": "quick_gelu", "SiLUActivation": "silu",
+    }  # fmt: skip
+    found = {getattr(hf, name): act for name, act in names.items() if hasattr(hf, name)}
+    return found | {nn.SiLU: "silu", nn.ReLU: "relu"}
+
+
+@functools.cache
+def projector_class(original: type) -> type:
+    """The static subclass of one of ROWS' classes that swapped projectors get."""
+    row = ROWS[class_key(original).removeprefix("transformers.models.")]
+    acts = _acts()
+
+    class Fused(original):
+        vlkernels_fused = True
+
+        def forward(self, *args, **kwargs):
+            parts = self._vlkernels_parts() if args and not kwargs else "called with keyword arguments"
+            values = parts if isinstance(parts, str) else self._vlkernels_values(args[0], parts)
+            if isinstance(values, str):
+                return super().forward(*args, **kwargs)
+            backend = backends.choose(mlp_projector, values)
+            if backend == "reference":
+                return super().forward(*args, **kwargs)
+            if row.first is not None:
+                values = self._vlkernels_values(row.first(self, *args), parts)
+            y = mlp_projector.run(values, backend)
+            return y if row.after is None else row.after(self, y, args[0])
+
+        def _vlkernels_values(self, x: Tensor, parts: dict) -> tuple | str:
+            """Checked arguments of mlp_projector, or why this call is upstream's own."""
+            shaped = (x, {}) if row.before is None else row.before(self, x)
+            if shaped is None:
+                return f"an input of shape {tuple(x.shape)}"
+            x, arguments = shaped
+            weight = parts["w1"]
+            if x.shape[-1] * arguments.get("shuffle", 1) ** 2 * arguments.get("merge", 1) != weight.shape[1]:
+                return f"{x.shape[-1]} channels, and linear_1 takes {weight.shape[1]}"
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+                return f"x is {x.dtype} over {weight.dtype} weights without autocast"
+            level = self.__dict__.get("_vlkernels_level", 0)
+            return mlp_projector.values(x, **parts, **arguments, gated=row.gated, level=level)
+
+        def _vlkernels_parts(self) -> dict | str:
+            """Weights, activation and norm as they are now, or which child stands in the way."""
+            container = self
+            for name in row.linear_1.split(".")[:-1]:
+                container = getattr(container, name)
+                if (reason := child_problem(name, container, (nn.Sequential,))) is not None:
+                    return reason
+            first, act, second = (self.get_submodule(path) for path in (row.linear_1, row.act, row.linear_2))
+            for name, child in ((row.linear_1, first), (row.linear_2, second)):
+                if (reason := child_problem(name, child, (nn.Linear,))) is not None:
+                    return reason
+            if (reason := child_problem(row.act, act, (*acts, nn.GELU))) is not None:
+                return reason
+            if type(act) is nn.GELU:
+                kind = "gelu" if act.approximate == "none" else "gelu_tanh"
+            else:
+                kind = acts[type(act)]
+            parts = {"w1": first.weight, "w2": second.weight, "b1": first.bias, "b2": second.bias, "act": kind}
+            norm = None if row.norm is None else getattr(self, row.norm)
+            if norm is None:
+                return parts
+            rms = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+            reason = child_problem(row.norm, norm, (type(norm),) if rms else (nn.LayerNorm,))
+            if reason is not None:
+                return reason
+            return parts | {
+                "norm": "rms" if rms else "layer",
+                "norm_weight": norm.weight,
+                "norm_bias": None if rms else norm.bias,
+                "eps": norm.variance_epsilon if rms else norm.eps,
+            }
+
+        def vlkernels_state(self) -> tuple[str, str]:
+            """(backend, reason) for a training step in this module's present state."""
+            parts = self._vlkernels_parts()
+            if isinstance(parts, str):
+                return "stock", parts
+            rows = torch.empty((2, parts["w1"].shape[1]), dtype=parts["w1"].dtype, device=parts["w1"].device)
+            # the plain form decides alike: shuffle and merge are refused for no device or dtype
+            plain = {k: v for k, v in parts.items() if "norm" not in k and k != "eps"}
+            decision = backends.decide(mlp_projector, mlp_projector.values(rows, **plain, gated=row.gated))
+            return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+
+        def vlkernels_configure(self, projector_level: int = 0, **_) -> None:
+            if projector_level == 0:
+                self.__dict__.pop("_vlkernels_level", None)
+            else:
+                self._vlkernels_level = projector_level
+
+        def extra_repr(self) -> str:
+            return ", ".join(filter(None, (super().extra_repr(), "vlkernels_fused=True")))
+
+    # FSDP2 and accelerate look classes up by name; pickle finds this one through __getattr__ below
+    Fused.__name__, Fused.__qualname__, Fused.__module__ = original.__name__, original.__qualname__, __name__
+    return Fused
+
+
+def __getattr__(name: str):
+    import importlib
+
+    for key in ROWS:
+        module, _, cls = key.partition(":")
+        if cls == name:
+            return projector_class(getattr(importlib.import_module(f"transformers.models.{module}"), cls))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
