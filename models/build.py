@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from vlkernels.modules import LlavaProjector
+
 from .backbones.tiny import TowerClassifier, configuration, token_ids
 from .data.digits import IMAGE_TOKENS
 from .errors import UserError
@@ -29,6 +31,14 @@ def llava(
         vision_feature_layer=recipe.feature_layer,
     )
     model = LlavaForConditionalGeneration(config)
+    (integrator,) = recipe.integrators
+    if integrator == "linear":
+        # LLaVA 1.0's projector; transformers' class is the two-layer one of LLaVA-1.5
+        model.model.multi_modal_projector = LlavaProjector(
+            "linear", config.vision_config.hidden_size, config.text_config.hidden_size
+        )
+    elif integrator != "mlp2x_gelu":
+        raise UserError(f"recipe {recipe.name} names the integrator {integrator!r}; known: linear, mlp2x_gelu")
     model.model.vision_tower.load_state_dict(tower.tower.state_dict())
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())

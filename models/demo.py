@@ -17,19 +17,27 @@ import vlkernels
 from .data.digits import QUESTIONS, blank
 from .errors import UserError
 from .evaluation import answers, kernels
-from .recipe import count
+from .recipe import Recipe, count
 from .recipes.digits import RECIPE
 from .reports import demo as report
 from .training.log import MetricsLog
 from .training.stages import Outcome, StagedRun
 
 GOAL = 0.92
+PROJECTORS = {"mlp": "mlp2x_gelu", "linear": "linear"}  # LLaVA-1.5's and LLaVA 1.0's
 NEEDS = ("transformers", "peft", "safetensors", "tokenizers", "sklearn", "matplotlib", "tqdm")
 QUICK = 0.06  # share of the steps: the whole pipeline in half a minute, the accuracy is not the recipe's
 
 
 def run_demo(
-    folder: Path, *, quick: bool = False, seed: int = 0, backend: str = "auto", resume: bool = False, check: bool = True
+    folder: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    backend: str = "auto",
+    projector: str = "mlp",
+    resume: bool = False,
+    check: bool = True,
 ) -> int:
     """Train, judge, report. Returns the exit status: 1 where the kernels disagree with stock peft."""
     started = time.perf_counter()
@@ -40,12 +48,12 @@ def run_demo(
         backend = os.environ.get("VLKERNELS_BACKEND") or "auto"
     forced = training_backend(device, backend)
     folder = writable(folder)
-    recipe = RECIPE.shortened(QUICK) if quick else RECIPE
+    recipe = chosen_recipe(quick, projector)
     log = MetricsLog(folder / "metrics.jsonl")
     run = StagedRun(
         recipe, folder, seed=seed, device=device, reuse="all" if resume else "backbones", backend=backend, log=log
     )
-    settings = {"recipe": recipe.name, "quick": quick, "seed": seed, "backend": backend}
+    settings = {"recipe": recipe.name, "quick": quick, "seed": seed, "backend": backend, "projector": projector}
     (folder / "run.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
     try:
         results, run_report = _train_and_judge(run, forced, log)
@@ -62,6 +70,12 @@ def run_demo(
     return 1 if "failed" in results["kernels"] or results["kernels"].get("agree") is False else 0
 
 
+def chosen_recipe(quick: bool, projector: str) -> Recipe:
+    """The digits recipe with one of PROJECTORS, and few steps where quick."""
+    recipe = RECIPE.with_integrator(PROJECTORS[projector])
+    return recipe.shortened(QUICK) if quick else recipe
+
+
 def run_check(folder: Path, *, samples: int, backend: str, json_path: Path | None) -> int:
     """The kernels against stock peft on the finished model in `folder`."""
     require_packages()
@@ -70,9 +84,8 @@ def run_check(folder: Path, *, samples: int, backend: str, json_path: Path | Non
     torch.set_num_threads(1)
     try:
         settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        recipe, seed, trained_on = RECIPE, settings["seed"], settings["backend"]
-        if settings["quick"]:
-            recipe = RECIPE.shortened(QUICK)
+        recipe = chosen_recipe(settings["quick"], settings["projector"])
+        seed, trained_on = settings["seed"], settings["backend"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder} holds no finished demo ({error}); run `python -m models demo --out {folder}` first"

@@ -76,6 +76,10 @@ class Recipe:
         stages = tuple(replace(stage, steps=max(1, round(stage.steps * share))) for stage in self.stages)
         return replace(self, stages=stages)
 
+    def with_integrator(self, name: str) -> "Recipe":
+        """The same recipe with another integrator between the backbones."""
+        return replace(self, integrators=(name,))
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -475,3 +475,22 @@ def test_quick_demo_from_end_to_end(tmp_path):
         stage.steps for stage in RECIPE.shortened(demo.QUICK).stages
     )
     assert "held-out accuracy, %" in done.stdout and "Kernels beside stock peft" in done.stdout
+
+
+# -- the other projector -----------------------------------------------------------------------------------------------
+
+
+def test_a_linear_projector_is_a_recipe_of_its_own(tmp_path):
+    """LLaVA 1.0's projector: one linear between tower and LLM, trained alone in stage 1; unknown ones are named."""
+    recipe = demo.chosen_recipe(False, "linear").shortened(TINY)
+    run = StagedRun(recipe, tmp_path, say=lambda text: None)
+    model = run.unaligned(run.tower()[0], run.llm()[0])
+    assert type(model.model.multi_modal_projector).__name__ == "LlavaProjector"
+    before = states(model)
+    outcome = run.align(model)
+    changed = {name for name, p in states(model).items() if not torch.equal(p, before[name])}
+    assert changed == {"model.multi_modal_projector.weight", "model.multi_modal_projector.bias"}
+    assert outcome.trainable == 64 * 64 + 64
+    wrong = StagedRun(recipe.with_integrator("qformer"), tmp_path, say=lambda text: None)
+    with pytest.raises(UserError, match="'qformer'; known: linear, mlp2x_gelu"):
+        wrong.unaligned(wrong.tower()[0], wrong.llm()[0])
