@@ -18,7 +18,7 @@ PINS :=
 BUILD := auto
 endif
 
-.PHONY: setup demo test test-all lint bench memory gpu build-gpu clean
+.PHONY: setup demo test test-all lint bench memory aot gpu build-gpu clean
 
 setup: $(READY)
 
@@ -50,7 +50,29 @@ test-transformers-5.17: setup
 	cp build/venv-5.17/first "$$(build/venv-5.17/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
 	build/venv-5.17/bin/python -m pip install -q transformers==5.17.0 huggingface_hub==1.33.0
 	build/venv-5.17/bin/python -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
-	build/venv-5.17/bin/python -m pytest tests/test_integrations.py -q -p no:cacheprovider $(XDIST)
+	build/venv-5.17/bin/python -m pytest tests/test_integrations.py tests/test_swap_projectors.py -q -p no:cacheprovider $(XDIST)
+
+# time every op here; without a GPU a tiny smoke run into build/bench/
+bench: setup
+	$(PY) -m benchmarks
+
+# count bytes, FLOPs and launches again, and the tables made from them (half an hour of processor time)
+memory: setup
+	$(PY) -m benchmarks.memory --json benchmarks/results/memory.json
+	$(PY) -m benchmarks.report --readme README.md
+
+# compile every Triton kernel for three architectures, and the table made from that
+aot: setup
+	$(PY) -m vlkernels.testing.aot --arch 80,90,100 --json benchmarks/results/aot.json
+	$(PY) -m benchmarks.report --readme README.md
+
+# everything that needs a GPU, within ten minutes; needs no network
+gpu: setup
+	$(PY) -m benchmarks.gpu
+
+# what `make gpu` takes along to a machine without nvcc
+build-gpu: setup
+	$(PY) setup.py build_ops --dest build/gpu
 
 lint: setup
 	$(PY) -m ruff check .

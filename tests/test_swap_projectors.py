@@ -24,6 +24,7 @@ class Config:
 VISION, TEXT = Config(hidden_size=24, model_args={"embed_dim": 24}), Config(hidden_size=40, rms_norm_eps=1e-6)
 COMMON = {
     "vision_config": VISION, "text_config": TEXT, "vision_feature_layer": -2, "multimodal_projector_bias": True,
+    "vision_feature_layers": -2,  # its name before transformers 5.23
     "projector_hidden_act": "gelu", "projector_layernorm_eps": 1e-5, "downsample_ratio": 0.5, "downsample_factor": 2,
     "adapter_layer_norm_eps": 1e-6, "alignment_intermediate_size": 64, "projector_use_layernorm": True,
     "projector_bias": True, "projector_hidden_size": 56, "projector_pooling_ratio": 1, "spatial_merge_size": 2,
@@ -178,6 +179,19 @@ def test_level_1_saves_less(device):
         saved.append(meter.saved_bytes(lambda: owner.projector(args[0].requires_grad_()), apart=known))
     rows, inner = 18, 40
     assert saved[2] == 0 and saved[1] == 4 * rows * inner and saved[0] == 2 * saved[1]
+
+
+def test_saved_shares_at_llava_proportions(device):
+    """C : F = 1024 : 4096 as in LLaVA-1.5, x counted too: level 0 keeps at most 0.56 of eager's bytes, level 1 0.12."""
+    owner = built(KEYS[0], vision_config=Config(hidden_size=10)).to(device)
+    saved = []
+    for level in (None, 0, 1):
+        if level is not None:
+            vlkernels.swap(owner, projector_level=level)
+        # an x made inside counts; in a model the vision tower's output is kept by nothing else
+        x = torch.randn(2, 9, 10, device=device)
+        saved.append(meter.saved_bytes(lambda: owner.projector(x), apart=owner.parameters()))  # noqa: B023
+    assert saved[1] / saved[0] <= 0.56 and saved[2] / saved[0] <= 0.12
 
 
 def test_lora_on_a_child(device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -34,6 +34,10 @@ class Case:
 
     def get(self, option: str, default=None):
         return self.options.get(option, default)
+
+    def derived(self, **options) -> Case:
+        """The same case with other options."""
+        return replace(self, options={**self.options, **options})
 
     def __str__(self) -> str:
         return self.name

@@ -182,7 +182,7 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         cols, held = min(64 if wide or converted else 128, _cover(width)), min(rank, 64 if wide else 128)
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial costs 8 R bytes a column to write and read back against 2 bytes a row saved by parallelism
-        splits = max(1, min(triton.cdiv(2 * sms, programs), dims.T // max(64, 4 * rank)))
+        splits = max(1, min(triton.cdiv(sms, programs), dims.T // max(64, 4 * rank)))
         return Tile(32 if wide else 64, cols, held, warps=_warps(cols * held, arch), splits=splits)
 
     up = None
