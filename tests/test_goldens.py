@@ -21,7 +21,7 @@ KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") ==
 on_triton = pytest.mark.skipif(not KERNELS_RUN, reason="neither a GPU nor Triton's interpreter")
 BACKENDS = ["reference", pytest.param("triton", marks=on_triton)]
 # nothing to fuse in them
-NO_OP = ("cogvlm_glu", "epalm", "fromage", "llava_linear", "magma", "vl_adapter")
+NO_OP = ("epalm", "fromage", "llava_linear", "magma", "vl_adapter")
 
 
 def edited(folder: Path, change, source: Path = R3) -> Path:

@@ -39,6 +39,8 @@ SHAPES = {
     "Qwen2_5_VLPatchMerger": (12, 24),
     "Qwen3VLVisionPatchMerger": (12, 24),
     "Mistral3MultiModalProjector": (16, 24),
+    "Glm4vVisionPatchMerger": (9, 24),
+    "Gemma3MultiModalProjector": (2, 36, 24),
 }
 
 
@@ -61,6 +63,12 @@ def built(key: str, **changes) -> nn.Module:
         module = cls(dim=40, context_dim=24)
     elif cls.__name__ == "Qwen3VLVisionPatchMerger":
         module = cls(config, use_postshuffle_norm=changes.get("post", False))
+    elif cls.__name__ == "Glm4vVisionPatchMerger":
+        module = cls(dim=24, context_dim=56, hidden_act="silu")
+    elif cls.__name__ == "Gemma3MultiModalProjector":
+        config.vision_config = Config(hidden_size=24, layer_norm_eps=1e-6, image_size=12, patch_size=2)
+        config.mm_tokens_per_image = 4
+        module = cls(config)
     elif cls.__name__ == "Mistral3MultiModalProjector":
         config.vision_config = Config(hidden_size=24, patch_size=2)
         module = cls(config)
@@ -124,9 +132,27 @@ def test_against_stock(key, dtype, autocast, device):
     assert counts["mlp_projector_act_kernel"] == counts["mlp_projector_act_bwd_kernel"] == 1
     row = table.ROWS[key]
     if row.norm is not None:
-        assert counts["mlp_projector_norm_kernel"] == 2 and counts["mlp_projector_norm_bwd_kernel"] == 1
+        assert counts["shuffle_norm_fwd_kernel"] == 2 and counts["shuffle_norm_bwd_kernel"] == 1
     assert {n: (v.shape, v.dtype) for n, v in got.items()} == {n: (v.shape, v.dtype) for n, v in want.items()}
     check(got, want, exact, autocast or dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gemma3(dtype, device):
+    """Pool, norm with 1 + weight and the transposed product, against stock; under autocast it is upstream's own."""
+    owner = built(table.GEMMA3).to(dtype)
+    owner, args = on(device, owner, arguments(owner, dtype))
+    exact = run(copy.deepcopy(owner).double(), (args[0].double(),))
+    want = run(owner, args)
+    report = vlkernels.swap(owner)
+    assert report.entries[0].backend == "triton", str(report)
+    with meter.launches() as counts:
+        got = run(owner, args)
+    assert counts["shuffle_norm_fwd_kernel"] == 2 and counts["shuffle_norm_bwd_kernel"] == 1
+    check(got, want, exact, dtype)
+    with meter.launches() as counts, torch.autocast(device, torch.bfloat16):
+        owner.projector(*args)
+    assert not counts
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "gelu_new", "silu", "swish", "relu", "quick_gelu"])

@@ -214,7 +214,8 @@ def registry() -> tuple[dict[str, str], dict[str, str]]:
     from . import transformers as projectors
 
     prefix = "transformers.models."
-    fused = dict.fromkeys((prefix + key for key in projectors.ROWS), f"{projectors.__name__}:projector_class")
+    keys = (*projectors.ROWS, projectors.GEMMA3)
+    fused = dict.fromkeys((prefix + key for key in keys), f"{projectors.__name__}:projector_class")
     return TARGETS | fused, LEFT | {prefix + key: reason for key, reason in projectors.LEFT.items()}
 
 

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..ops.linear_projector import linear_projector
 from ..ops.mlp_projector import mlp_projector
 from .swap import child_problem, class_key
 
 
 @dataclass(frozen=True)
 class Row:
-    """linear_1, act, linear_2, norm: paths of the parts. before(module, x, ...) -> (x, op arguments), or None for an
+    """linear_1, act, linear_2, norm: paths of the parts; gate: of a gate with a weight of its own; norm_act: of an
+    activation right after the norm. before(module, x, ...) -> (x, op arguments), or None for an
     input whose handling is upstream's alone. first(module, x, ...) -> x: modules of the class that run before, once
     it is certain that a kernel follows. after(module, y, x) -> what the class returns."""
 
@@ -29,6 +31,8 @@ class Row:
     act: str = "act"
     linear_2: str = "linear_2"
     norm: str | None = None
+    norm_act: str | None = None
+    gate: str | None = None
     gated: bool = False
     before: Callable | None = None
     first: Callable | None = None
@@ -74,6 +78,10 @@ def _norm_and_patch_merger(m: nn.Module, x: Tensor, image_sizes: Tensor) -> Tens
     return m.patch_merger(m.norm(x), image_sizes)
 
 
+def _projected(m: nn.Module, x: Tensor) -> Tensor:
+    return m.proj(x)
+
+
 def _pooled(m: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     return m.pooling(y)
 
@@ -102,15 +110,22 @@ ROWS: dict[str, Row] = {
     "qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionPatchMerger": Row(
         linear_1="linear_fc1", act="act_fn", linear_2="linear_fc2", norm="norm", before=_merge_either
     ),
+    "glm4v.modeling_glm4v:Glm4vVisionPatchMerger": Row(
+        linear_1="up_proj",
+        gate="gate_proj",
+        act="act_fn",
+        linear_2="down_proj",
+        norm="post_projection_norm",
+        norm_act="act1",
+        first=_projected,
+    ),
 }
 
 # Projectors in which mlp_projector's form does not occur.
 LEFT: dict[str, str] = {
     "paligemma.modeling_paligemma:PaliGemmaMultiModalProjector": "one linear layer: nothing to fuse",
-    "gemma3.modeling_gemma3:Gemma3MultiModalProjector": "pool, norm and one product: no fused kernel yet",
     "idefics3.modeling_idefics3:Idefics3Connector": "a shuffle and one linear layer: nothing to fuse",
     "smolvlm.modeling_smolvlm:SmolVLMConnector": "a shuffle and one linear layer: nothing to fuse",
-    "glm4v.modeling_glm4v:Glm4vVisionPatchMerger": "an activation between norm and gate: no fused kernel yet",
 }
 
 
@@ -125,9 +140,17 @@ def _acts() -> dict[type, str]:
     return found | {nn.SiLU: "silu", nn.ReLU: "relu"}
 
 
+def _act_name(act: nn.Module, acts: dict[type, str]) -> str:
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return acts[type(act)]
+
+
 @functools.cache
 def projector_class(original: type) -> type:
-    """The static subclass of one of ROWS' classes that swapped projectors get."""
+    """The static subclass of one of ROWS' classes, or of GEMMA3, that swapped projectors get."""
+    if class_key(original) == f"transformers.models.{GEMMA3}":
+        return _gemma3_class(original)
     row = ROWS[class_key(original).removeprefix("transformers.models.")]
     acts = _acts()
 
@@ -174,11 +197,20 @@ def projector_class(original: type) -> type:
                     return reason
             if (reason := child_problem(row.act, act, (*acts, nn.GELU))) is not None:
                 return reason
-            if type(act) is nn.GELU:
-                kind = "gelu" if act.approximate == "none" else "gelu_tanh"
-            else:
-                kind = acts[type(act)]
-            parts = {"w1": first.weight, "w2": second.weight, "b1": first.bias, "b2": second.bias, "act": kind}
+            parts = {"w1": first.weight, "w2": second.weight, "b1": first.bias, "b2": second.bias}
+            parts["act"] = _act_name(act, acts)
+            if row.gate is not None:
+                gate = getattr(self, row.gate)
+                if (reason := child_problem(row.gate, gate, (nn.Linear,))) is not None:
+                    return reason
+                if gate.bias is not None or first.bias is not None:
+                    return f"{row.gate} or {row.linear_1} has a bias"
+                parts["wg"] = gate.weight
+            if row.norm_act is not None:
+                norm_act = getattr(self, row.norm_act)
+                if (reason := child_problem(row.norm_act, norm_act, (*acts, nn.GELU))) is not None:
+                    return reason
+                parts["norm_act"] = _act_name(norm_act, acts)
             norm = None if row.norm is None else getattr(self, row.norm)
             if norm is None:
                 return parts
@@ -200,7 +232,7 @@ def projector_class(original: type) -> type:
                 return "stock", parts
             rows = torch.empty((2, parts["w1"].shape[1]), dtype=parts["w1"].dtype, device=parts["w1"].device)
             # the plain form decides alike: shuffle and merge are refused for no device or dtype
-            plain = {k: v for k, v in parts.items() if "norm" not in k and k != "eps"}
+            plain = {k: v for k, v in parts.items() if not k.startswith("norm") and k != "eps"}
             decision = backends.decide(mlp_projector, mlp_projector.values(rows, **plain, gated=row.gated))
             return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
 
@@ -218,10 +250,74 @@ def projector_class(original: type) -> type:
     return Fused
 
 
+GEMMA3 = "gemma3.modeling_gemma3:Gemma3MultiModalProjector"
+
+
+def _gemma3_class(original: type) -> type:
+    """Gemma 3's projector: average pool over the grid, RMSNorm with 1 + weight, a product with a weight (in, out)."""
+
+    class Fused(original):
+        vlkernels_fused = True
+
+        def forward(self, *args, **kwargs):
+            values = self._vlkernels_values(*args) if len(args) == 1 and not kwargs else "called with keyword arguments"
+            if isinstance(values, str):
+                return super().forward(*args, **kwargs)
+            backend = backends.choose(linear_projector, values)
+            if backend == "reference":
+                return super().forward(*args, **kwargs)
+            # tokens stay the last axis but one: upstream's transpose, copy and transpose back move the map three times
+            x = args[0]
+            B, side, k = x.shape[0], self.tokens_per_side, self.kernel_size
+            pooled = x.view(B, side, k, side, k, x.shape[2]).mean((2, 4)).flatten(1, 2)
+            return linear_projector.run((pooled, *values[1:]), backend).type_as(x)
+
+        def _vlkernels_values(self, x: Tensor) -> tuple | str:
+            """Checked arguments of linear_projector on the unpooled x, or why this call is upstream's own."""
+            norm, weight = self.mm_soft_emb_norm, self.mm_input_projection_weight
+            reason = child_problem("mm_soft_emb_norm", norm, (type(norm),))
+            if reason is None and type(norm).__name__ != "Gemma3RMSNorm":
+                reason = f"mm_soft_emb_norm is a {type(norm).__name__}"
+            reason = reason or child_problem("avg_pool", self.avg_pool, (nn.AvgPool2d,))
+            if reason is not None:
+                return reason
+            if type(weight) is not nn.Parameter:
+                return f"mm_input_projection_weight is a {type(weight).__name__}"
+            tokens = (self.tokens_per_side * self.kernel_size) ** 2
+            if x.dim() != 3 or x.shape[1] != tokens or not x.is_contiguous():
+                return f"an input of shape {tuple(x.shape)}"
+            if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+                return f"x is {x.dtype} over a {weight.dtype} weight, or autocast is on"
+            return linear_projector.values(
+                x, weight.t(), norm_weight=norm.weight, norm="rms", eps=norm.eps, norm_offset=1.0
+            )
+
+        def vlkernels_state(self) -> tuple[str, str]:
+            """(backend, reason) for a training step in this module's present state."""
+            weight = self.mm_input_projection_weight
+            tokens = (self.tokens_per_side * self.kernel_size) ** 2
+            values = self._vlkernels_values(
+                torch.empty((1, tokens, weight.shape[0]), dtype=weight.dtype, device=weight.device)
+            )
+            if isinstance(values, str):
+                return "stock", values
+            decision = backends.decide(linear_projector, values)
+            return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+
+        def vlkernels_configure(self, **_) -> None:
+            """There is nothing to choose."""
+
+        def extra_repr(self) -> str:
+            return ", ".join(filter(None, (super().extra_repr(), "vlkernels_fused=True")))
+
+    Fused.__name__, Fused.__qualname__, Fused.__module__ = original.__name__, original.__qualname__, __name__
+    return Fused
+
+
 def __getattr__(name: str):
     import importlib
 
-    for key in ROWS:
+    for key in (*ROWS, GEMMA3):
         module, _, cls = key.partition(":")
         if cls == name:
             return projector_class(getattr(importlib.import_module(f"transformers.models.{module}"), cls))

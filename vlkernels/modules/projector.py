@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._shuffle import ACTS, shuffled
 from ..ops.mlp_projector import mlp_projector
-from ..ops.mlp_projector.reference import ACTS, shuffled
 
 # transformers' names of activations that we have under another name
 _ALIASES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
@@ -252,12 +252,13 @@ class CogVLMGLU(nn.Module):
         inner_hidden_size: int,
         *,
         image_tokens: bool = False,
+        level: int = 0,
         device=None,
         dtype=None,
     ):
         super().__init__()
         made = {"device": device, "dtype": dtype}
-        self.in_features = in_features
+        self.in_features, self.level = in_features, level
         self.linear_proj = nn.Linear(in_features, hidden_size, bias=False, **made)
         self.norm1 = nn.LayerNorm(hidden_size, **made)
         self.gate_proj = nn.Linear(hidden_size, inner_hidden_size, bias=False, **made)
@@ -270,15 +271,22 @@ class CogVLMGLU(nn.Module):
         check_channels("x", x, self.in_features)
         if self.boi is not None and x.dim() != 3:
             raise ValueError(f"x has shape {tuple(x.shape)}; accepted with image_tokens: (B, T, C)")
-        z = F.gelu(self.norm1(self.linear_proj(x)))
-        # The gated op takes one weight (2F, N). These are two parameters: each call would copy 2 x 11008 x 4096 values
-        # (180 MB of bf16 read, written, and kept for backward). A fused SwiGLU moves 5 of 14 F values less per token
-        # (110 kB) and saves 2 of 4 F (44 kB): worth it above 3,300 and 4,100 tokens. One image has 1,225: plain.
-        y = self.dense_4h_to_h(F.silu(self.gate_proj(z)) * self.dense_h_to_4h(z))
+        y = self._fused(self.linear_proj(x))
         if self.boi is None:
             return y
         boi, eoi = (t.to(y.dtype).expand(y.shape[0], -1, -1) for t in (self.boi, self.eoi))
         return torch.cat((boi, y, eoi), 1)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Norm, GELU and SwiGLU by the op where the children are plain, else by calling them."""
+        norm, up, gate, down = self.norm1, self.dense_h_to_4h, self.gate_proj, self.dense_4h_to_h
+        if not (_plain(norm, nn.LayerNorm) and _plain(up) and _plain(gate) and _plain(down)):
+            z = F.gelu(norm(x))
+            return down(F.silu(gate(z)) * up(z))
+        return mlp_projector(
+            x, up.weight, down.weight, wg=gate.weight, act="silu", level=self.level, norm="layer", norm_act="gelu",
+            norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps,
+        )  # fmt: skip
 
 
 class AdapterMLP(nn.Module):

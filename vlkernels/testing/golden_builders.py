@@ -249,7 +249,7 @@ BUILDERS: dict[str, Builder] = {
     "dense.llava_next_pooler": Builder(_llava_pooler, ops=_MLP),
     "dense.hf_llava": Builder(_hf_llava, ops=_MLP),
     "dense.internvl_pixel_shuffle_mlp": Builder(_internvl, ops=_MLP),
-    "dense.cogvlm_glu": Builder(_cogvlm),
+    "dense.cogvlm_glu": Builder(_cogvlm, ops=_MLP),
     "dense.lavin_adapter_mlp": Builder(_adapter_mlp, ops=_MLP),
     "dense.memvp_projector": Builder(_adapter_mlp, ops=_MLP),
     "dense.image_prefix": Builder(_image_prefix),

@@ -113,7 +113,8 @@ class _AtenMeter(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.is_view or name in _ALLOCATIONS:
             return out
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = {k: v for k, v in kwargs.items() if k != "out"}
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, read)) if isinstance(t, Tensor)]
         if func._schema.is_mutable and tensors:
             tensors = tensors[1:] if name in ("copy_", "zero_", "fill_") else tensors
         results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]

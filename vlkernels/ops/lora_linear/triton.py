@@ -173,7 +173,7 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         programs = triton.cdiv(dims.T, rows) * triton.cdiv(rank, held)
         splits = max(1, min(sms // programs, width // 256))
         cols = min(32 if converted or (wide and held > 32) else 64, _cover(width))
-        return Tile(rows, cols, held, warps=_warps(rows * held, arch), splits=splits)
+        return Tile(rows, cols, held, warps=_warps(rows * held, 64 * 64, arch), splits=splits)
 
     def update(width: int) -> Tile:
         return Tile(64, min(64 if wide else 128, _cover(width)), min(rank, 32 if wide else 64), warps=4, stages=2)
@@ -183,7 +183,7 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial costs 8 R bytes a column to write and read back against 2 bytes a row saved by parallelism
         splits = max(1, min(triton.cdiv(sms, programs), dims.T // max(64, 4 * rank)))
-        return Tile(32 if wide else 64, cols, held, warps=_warps(cols * held, arch), splits=splits)
+        return Tile(32 if wide else 64, cols, held, warps=_warps(cols * held, 128 * 64, arch), splits=splits)
 
     up = None
     # one read of dy saves 2 T N bytes and costs 8 T R bytes of partial ds per column block: it pays below cols / 4
@@ -203,9 +203,9 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
     )
 
 
-def _warps(accumulators: int, arch: int) -> int:
-    """Before wgmma operands take registers too: 64 accumulators a thread instead of 128 keep it from spilling."""
-    return 8 if arch < 90 and accumulators > 64 * 64 else 4
+def _warps(accumulators: int, most: int, arch: int) -> int:
+    """Before wgmma operands take registers too: past `most` accumulators four warps spill there."""
+    return 8 if arch < 90 and accumulators > most else 4
 
 
 def _loaded(x: Tensor, a: Tensor) -> torch.dtype:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ...testing.case import Case, Make
+from .. import _norm
 from .._device import arch
-from .triton import TOGETHER, config
+from .triton import config
 
 
 def _case(name, T, C, F, N, tags=(), recipe="", **options) -> Case:
@@ -21,6 +22,9 @@ CASES = (
     # every term at once: shuffle, merge, norm with bias, gate, biases, all weights trained
     _case("everything", 36, 12, 72, 40, act="silu", gated=True, norm="layer", shuffle=2, merge=2, norm_bias=True,
           tags=("all-precisions", "sharp")),
+    # GLM-4V's and CogVLM's: an activation after the norm, and a gate with a weight of its own
+    _case("own-gate", 40, 24, 72, 40, act="silu", own_gate=True, norm="layer", norm_act="gelu", norm_bias=True,
+          bias=False, tags=("all-precisions",)),
     _case("rms", 33, 24, 40, 24, act="gelu_tanh", norm="rms", bias=False, merge=4, eps=1e-6),
     _case("level1", 41, 24, 40, 24, norm="layer", level=1, act="quick_gelu"),
     _case("shuffle", 36, 10, 33, 17, shuffle=3, act="relu"),
@@ -35,6 +39,8 @@ CASES = (
             ("llava-1.5-7b B16 level1", (9216, 1024, 4096, 4096), {"frozen_x": True, "level": 1}, "LLaVA-1.5-7B"),
             ("internvl B16", (4096, 1024, 4096, 4096), {"norm": "layer", "shuffle": 2, "norm_bias": True}, "InternVL"),
             ("qwen2-vl B16", (4096, 1280, 5120, 3584), {"norm": "layer", "merge": 4, "norm_bias": True}, "Qwen2-VL"),
+            ("glm-4v B8", (4608, 1536, 4096, 1536), {"norm": "layer", "norm_bias": True, "norm_act": "gelu",
+                                                     "act": "silu", "own_gate": True, "bias": False}, "GLM-4V"),
             ("aya B8", (1352, 1152, 14336, 8192), {"norm": "layer", "shuffle": 2, "gated": True, "act": "silu",
                                                    "norm_bias": True}, "Aya Vision"),
         )
@@ -42,12 +48,17 @@ CASES = (
 )  # fmt: skip
 
 
+def _inner(case: Case) -> int:
+    """Columns of the first product."""
+    return case["F"] * (2 if case.get("gated") or case.get("own_gate") else 1)
+
+
 def inputs(case: Case, make: Make) -> dict:
     """Arguments of mlp_projector; every additive term is at least 30 % of the output's scale."""
     T, C, F, N = (case[d] for d in "TCFN")
     s, m, norm = case.get("shuffle", 1), case.get("merge", 1), case.get("norm", "none")
     gated, bias, trained = case.get("gated", False), case.get("bias", True), not case.get("frozen", False)
-    K, inner = C * s * s * m, 2 * F if case.get("gated") else F
+    K, inner = C * s * s * m, 2 * F if gated else F
     rows = T * m
     # a grid of two rows of tokens when the shuffle needs one
     x = make.normal(*((1, 2 * s, rows // 2 * s, C) if s > 1 else (rows, C)), grad=not case.get("frozen_x"))
@@ -59,9 +70,11 @@ def inputs(case: Case, make: Make) -> dict:
         "b2": make.normal(N, grad=trained) if bias else None,
         "norm_weight": make.normal(C * s * s, grad=trained) if norm != "none" else None,
         "norm_bias": make.normal(C * s * s, grad=trained) if case.get("norm_bias") else None,
+        "wg": make.normal(F, K, std=K**-0.5, grad=trained, wide=False) if case.get("own_gate") else None,
         "act": case.get("act", "gelu"),
         "gated": gated,
         "norm": norm,
+        "norm_act": case.get("norm_act", "none"),
         "eps": case.get("eps", 1e-5),
         "shuffle": s,
         "merge": m,
@@ -96,7 +109,7 @@ TERMS = {
 def flops(case: Case) -> dict[str, int]:
     """Multiply-adds times two of the matrix products."""
     T, C, F, N = (case[d] for d in "TCFN")
-    K, inner = C * case.get("shuffle", 1) ** 2 * case.get("merge", 1), 2 * F if case.get("gated") else F
+    K, inner = C * case.get("shuffle", 1) ** 2 * case.get("merge", 1), _inner(case)
     first, second = 2 * T * K * inner, 2 * T * F * N
     backward = second + (0 if case.get("frozen") else first + second)
     backward += 0 if case.get("frozen_x") and case.get("norm", "none") == "none" else first
@@ -106,7 +119,7 @@ def flops(case: Case) -> dict[str, int]:
 def floor_bytes(case: Case, itemsize: int) -> dict[str, int]:
     """Each argument and what is saved read once, each result written once."""
     T, C, F, N = (case[d] for d in "TCFN")
-    K, inner = C * case.get("shuffle", 1) ** 2 * case.get("merge", 1), 2 * F if case.get("gated") else F
+    K, inner = C * case.get("shuffle", 1) ** 2 * case.get("merge", 1), _inner(case)
     weights = inner * K + N * F
     dx = 0 if case.get("frozen_x") else T * K
     return {
@@ -119,16 +132,17 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     """Bytes that the Triton plan moves; one dtype throughout. A test holds this to the count."""
     T, C, F, N = (case[d] for d in "TCFN")
     s, m, norm, e = case.get("shuffle", 1), case.get("merge", 1), case.get("norm", "none"), itemsize
-    inner, channels, rows = 2 * F if case.get("gated") else F, C * s * s, T * m
+    inner, channels, rows = _inner(case), C * s * s, T * m
     K, bias, trained = channels * m, case.get("bias", True), not case.get("frozen", False)
     affine = (norm != "none") + bool(case.get("norm_bias"))
     stats = 8 * rows * (norm != "none")
     normed = 0 if norm == "none" and s == 1 else e * (2 * T * K + affine * channels) + stats
-    first = e * (T * K + inner * K + T * inner + bias * inner)
+    products = 2 if case.get("own_gate") else 1  # each reads x
+    first = e * (products * T * K + inner * K + T * inner + bias * inner)
 
     forward = normed + first + e * (T * inner + T * F) + e * (T * F + N * F + T * N + bias * N)
 
-    act = config(T, F, 1, arch(torch.empty(0)))
+    act = config(T, F, arch(torch.empty(0)))
     backward = 0
 
     def cast(size: int) -> int:
@@ -138,23 +152,24 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
         backward += first
     if trained and bias:
         backward += e * T * N + 4 * N + cast(N)
-        backward += 4 * inner * (2 * act.act_splits + 1) + cast(inner)
+        backward += 4 * inner * (2 * act.splits + 1) + cast(inner)
     backward += e * (T * N + N * F + T * F)  # dy W2
     backward += e * (T * inner + T * F + T * inner + trained * T * F)  # activation
     if trained:
-        backward += e * (T * N + T * F + N * F) + e * (T * inner + T * K + inner * K)
+        backward += e * (T * N + T * F + N * F) + e * (T * inner + products * T * K + inner * K)
     if trained or case.get("level"):
         backward += normed
     need_x = not case.get("frozen_x")
     if need_x or (trained and norm != "none"):
-        backward += e * (T * inner + inner * K + T * K)  # dpre W1
+        backward += e * (T * inner + inner * K + (2 * products - 1) * T * K)  # dpre W1, the second one adds
         if norm != "none" or s > 1:
-            tiles = config(rows, 1, channels, arch(torch.empty(0)))
+            tiles = _norm.config(rows, channels, arch(torch.empty(0)))
             backward += e * (T * K + need_x * T * K)
             if norm != "none":
                 backward += e * (T * K + channels) + stats
-                if channels > TOGETHER and need_x and trained:
+                backward += e * channels * (case.get("norm_act", "none") != "none" and bool(case.get("norm_bias")))
+                if channels > _norm.TOGETHER and need_x and trained:
                     backward += 2 * e * T * K + stats
             if trained and norm != "none":
-                backward += 4 * channels * ((2 + affine) * tiles.norm_programs + affine) + affine * cast(channels)
+                backward += 4 * channels * ((2 + affine) * tiles.programs + affine) + affine * cast(channels)
     return {"forward": forward, "backward": backward}

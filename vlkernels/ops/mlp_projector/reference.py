@@ -11,15 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-
-ACTS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
-}
-NORMS = ("none", "layer", "rms")
+from .._shuffle import ACTS, NORMS, merged, normalised, shuffled
 
 
 def forward(
@@ -30,9 +22,11 @@ def forward(
     b2: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    wg: Tensor | None = None,
     act: str = "gelu",
     gated: bool = False,
     norm: str = "none",
+    norm_act: str = "none",
     eps: float = 1e-5,
     shuffle: int = 1,
     merge: int = 1,
@@ -46,8 +40,10 @@ def forward(
         w1: (F, K), or (2F, K) when gated, K = C s² merge. w2: (N, F). b1, b2: (F) or (2F), and (N).
         norm_weight, norm_bias: (C s²); RMSNorm has no bias.
         act: "gelu" (erf), "gelu_tanh", "silu", "relu", "quick_gelu".
+        wg: (F, K), the gate's weight where it is one of its own (GLM-4V, CogVLM): h = act(x Wgᵀ) * (x W1ᵀ), no b1.
         gated: the gate is the second half of the first product (Aya Vision, Cohere2Vision).
         norm: "none", "layer" (biased variance) or "rms", over the channels after the shuffle and before the merge.
+        norm_act: an activation right after the norm ("none" or one of act's; GLM-4V, CogVLM: "gelu").
         eps: added to the variance, or the mean square.
         shuffle: s; each s x s neighbourhood becomes one token with channels in the order (row, column, channel).
         merge: m adjacent rows become one, after the norm (Qwen2-VL's merger: 4).
@@ -59,19 +55,15 @@ def forward(
     Raises: TypeError, ValueError naming the argument, what it got and what is accepted.
     """
     if dtype is not None:
-        x, w1, w2, b1, b2, norm_weight, norm_bias = (
-            t if t is None else t.to(dtype) for t in (x, w1, w2, b1, b2, norm_weight, norm_bias)
+        x, w1, w2, b1, b2, norm_weight, norm_bias, wg = (
+            t if t is None else t.to(dtype) for t in (x, w1, w2, b1, b2, norm_weight, norm_bias, wg)
         )
-    x = shuffled(x, shuffle)
-    if norm == "layer":
-        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    elif norm == "rms":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-        x = x if norm_weight is None else x * norm_weight
-    x = merged(x, merge)
+    x = normalised(shuffled(x, shuffle), norm, norm_weight, norm_bias, eps)
+    x = merged(x if norm_act == "none" else ACTS[norm_act](x), merge)
     pre = F.linear(x, w1, b1)
-    if gated:
+    if wg is not None:
+        h = ACTS[act](F.linear(x, wg)) * pre
+    elif gated:
         value, gate = pre.chunk(2, -1)
         h = ACTS[act](gate) * value
     else:
@@ -79,43 +71,30 @@ def forward(
     return F.linear(h, w2, b2)
 
 
-def shuffled(x: Tensor, s: int) -> Tensor:
-    """(B, h, w, C) -> (B, h w / s², s² C), channels in the order (row, column, channel)."""
-    if s == 1:
-        return x
-    B, h, w, C = x.shape
-    return x.view(B, h // s, s, w // s, s, C).transpose(2, 3).reshape(B, h * w // (s * s), s * s * C)
-
-
-def unshuffled(y: Tensor, shape: tuple[int, ...], s: int) -> Tensor:
-    """The inverse of shuffled: tokens (.., s² C) back to x's shape (B, h, w, C)."""
-    if s == 1:
-        return y.view(shape)
-    B, h, w, C = shape
-    return y.view(B, h // s, w // s, s, s, C).transpose(2, 3).reshape(B, h, w, C)
-
-
-def merged(x: Tensor, m: int) -> Tensor:
-    """(..., n, C) -> (..., n / m, m C)"""
-    return x if m == 1 else x.reshape(*x.shape[:-2], x.shape[-2] // m, m * x.shape[-1])
-
-
-def residuals(x, w1, w2, b1, b2, norm_weight, norm_bias, act, gated, norm, eps, shuffle, merge, level, dtype):
-    """What a kernel's forward saves besides arguments: pre (T, F or 2F) at level 0, and the norm's (mean, rstd)."""
+def residuals(
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, dtype
+):
+    """What kernels save besides arguments: pre (T, F, with a gate 2F) at level 0, the norm's (mean, rstd)."""
     channels = x.shape[-1] * shuffle * shuffle
     rows = x.numel() // channels
-    pre = (rows // merge, w1.shape[0]) if level == 0 else (0,)
+    inner = w1.shape[0] * (1 if wg is None else 2)
+    pre = (rows // merge, inner) if level == 0 else (0,)
     stats = (rows, 2) if norm != "none" else (0,)
     return x.new_empty(pre, dtype=dtype or x.dtype), x.new_empty(stats, dtype=torch.float32)
 
 
-def check(x, w1, w2, b1, b2, norm_weight, norm_bias, act, gated, norm, eps, shuffle, merge, level, dtype) -> tuple:
+def check(
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, dtype
+) -> tuple:
     """The arguments as forward takes them, or an error that names the one that does not fit."""
-    tensors = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    tensors = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2, "norm_weight": norm_weight}
+    tensors |= {"norm_bias": norm_bias, "wg": wg}
     _check.floating(**tensors)
     _check.same_device(**tensors)
     if act not in ACTS:
         raise ValueError(f"act is {act!r}; accepted: {', '.join(ACTS)}")
+    if norm_act not in ("none", *ACTS) or (norm_act != "none" and norm == "none"):
+        raise ValueError(f"norm_act is {norm_act!r}; accepted: none, and with a norm {', '.join(ACTS)}")
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; accepted: {', '.join(NORMS)}")
     if level not in (0, 1):
@@ -139,7 +118,10 @@ def check(x, w1, w2, b1, b2, norm_weight, norm_bias, act, gated, norm, eps, shuf
         raise ValueError(f"w1 has shape {tuple(w1.shape)}; accepted for x {tuple(x.shape)}: {channels * merge} columns")
     if gated and w1.shape[0] % 2:
         raise ValueError(f"w1 has {w1.shape[0]} rows; accepted when gated: an even number")
+    if wg is not None and (gated or b1 is not None):
+        raise ValueError("wg is the gate's own weight: accepted with gated=False and without b1")
     inner = w1.shape[0] // 2 if gated else w1.shape[0]
+    _check.shape("wg", wg, tuple(w1.shape), "the shape of w1")
     _check.shape("w2", w2, (w2.shape[0], inner), "(N, F)")
     _check.shape("b1", b1, (w1.shape[0],), "(F,), or (2F,) when gated")
     _check.shape("b2", b2, (w2.shape[0],), "(N,)")
@@ -153,7 +135,10 @@ def check(x, w1, w2, b1, b2, norm_weight, norm_bias, act, gated, norm, eps, shuf
         _check.same_dtype(" (or pass dtype=, or use autocast)", **tensors)
     elif dtype not in _check.FLOATS:
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
-    return (x, w1, w2, b1, b2, norm_weight, norm_bias, act, bool(gated), norm, float(eps), shuffle, merge, level, dtype)
+    return (
+        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, bool(gated), norm, norm_act, float(eps), shuffle, merge,
+        level, dtype,
+    )  # fmt: skip
 
 
 def draw(*values) -> tuple:
