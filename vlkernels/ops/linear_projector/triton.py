@@ -6,22 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _norm, _tl
+from .. import _norm, _refuse
 from .._norm import config  # noqa: F401  (the op's own kernels are the norm's)
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(x, weight, bias, norm_weight, norm_bias, norm, eps, norm_offset, shuffle, dtype) -> str | None:
-    if x.is_meta or not (x.is_cuda or _tl.INTERPRETED.value):
-        return f"x is on {x.device.type}; Triton kernels run on CUDA devices (or with TRITON_INTERPRET=1 anywhere)"
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the device is older than compute capability 8.0"
-    for name, t in (("x", x), ("weight", weight)):
-        if t.dtype not in KERNEL_DTYPES:
-            return f"{name} is {t.dtype}; kernels take float32, bfloat16, float16"
-    if dtype is not None and dtype not in KERNEL_DTYPES:
-        return f"dtype is {dtype}; kernels take float32, bfloat16, float16"
+    if (reason := _refuse.common(x, dtype, weight=weight)) is not None:
+        return reason
     if 0 in weight.shape:
         return f"zero channels: weight {tuple(weight.shape)}"
     return _norm.refuses(x, norm, shuffle)

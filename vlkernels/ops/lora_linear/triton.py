@@ -10,26 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _tl
+from .. import _refuse, _tl
 from .._device import arch
 from .._dropout import keep_factor, threshold
 from .reference import low_rank_dtype
 
 MAX_RANK = 512
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def refuses(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype) -> str | None:
-    if x.is_meta or not (x.is_cuda or _tl.INTERPRETED.value):
-        return f"x is on {x.device.type}; Triton kernels run on CUDA devices (or with TRITON_INTERPRET=1 anywhere)"
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the device is older than compute capability 8.0"
-    for name, t in (("x", x), ("weight", weight), ("a", a), ("b", b), ("base", base)):
-        if t is not None and t.dtype not in KERNEL_DTYPES:
-            return f"{name} is {t.dtype}; kernels take float32, bfloat16, float16"
-    if dtype is not None and dtype not in KERNEL_DTYPES:
-        return f"dtype is {dtype}; kernels take float32, bfloat16, float16"
+    if (reason := _refuse.common(x, dtype, weight=weight, a=a, b=b, base=base)) is not None:
+        return reason
     if dtype is None and a.dtype not in (x.dtype, torch.float32):
         return f"adapters in {a.dtype} over {x.dtype}; kernels take adapters in x's dtype or float32"
     if a.shape[0] > MAX_RANK:

@@ -10,24 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _norm, _tl
+from .. import _norm, _refuse, _tl
 from .._device import arch
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(
     x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, dtype
 ) -> str | None:
-    if x.is_meta or not (x.is_cuda or _tl.INTERPRETED.value):
-        return f"x is on {x.device.type}; Triton kernels run on CUDA devices (or with TRITON_INTERPRET=1 anywhere)"
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the device is older than compute capability 8.0"
-    for name, t in (("x", x), ("w1", w1), ("w2", w2)):
-        if t.dtype not in KERNEL_DTYPES:
-            return f"{name} is {t.dtype}; kernels take float32, bfloat16, float16"
-    if dtype is not None and dtype not in KERNEL_DTYPES:
-        return f"dtype is {dtype}; kernels take float32, bfloat16, float16"
+    if (reason := _refuse.common(x, dtype, w1=w1, w2=w2)) is not None:
+        return reason
     if w1.shape[0] == 0 or w2.shape[0] == 0 or w1.shape[1] == 0:
         return f"zero channels: w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}"
     return _norm.refuses(x, norm, shuffle)
