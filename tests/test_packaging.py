@@ -9,6 +9,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import venv
 import zipfile
 from pathlib import Path
@@ -250,3 +251,25 @@ def test_jobs(setup, monkeypatch):
     assert 1 <= setup.max_jobs() <= len(os.sched_getaffinity(0))
     monkeypatch.setenv("MAX_JOBS", "7")
     assert setup.max_jobs() == 7
+
+
+def test_without_triton():
+    """Where triton is not installed everything imports, runs on the reference and says why."""
+    code = """
+        import sys
+        sys.modules["triton"] = None  # as where it is not installed
+        import torch, vlkernels
+        x, w, a, b = (torch.randn(*s) for s in ((3, 8), (4, 8), (2, 8), (4, 2)))
+        assert vlkernels.lora_linear(x, w, a, b).shape == (3, 4)
+        assert vlkernels.LoRALinear(8, 4, 2)(x).shape == (3, 4)
+        assert not vlkernels.swap(torch.nn.Linear(2, 2))
+        vlkernels.explain(vlkernels.lora_linear, x, w, a, b)
+        from vlkernels.__main__ import main
+        assert main(["info"]) == 0
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "triton     refuses: triton is not installed" in done.stdout and "-> reference" in done.stdout

@@ -45,6 +45,9 @@ def explain(name: str, rows: int, dims: list[int], dtype: str) -> int:
     if name not in backends.OPS:
         print(f"no op named {name!r}; there are {', '.join(backends.OPS)}", file=sys.stderr)
         return 2
+    if isinstance(backends.OPS[name].kernels["triton"], str):
+        print(f"explain needs triton to make an example: {backends.OPS[name].kernels['triton']}", file=sys.stderr)
+        return 2
     from vlkernels.testing.case import PRECISIONS, Case, Make
     from vlkernels.testing.compare import cases_of
 
