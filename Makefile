@@ -56,7 +56,7 @@ test-transformers-5.17: setup
 bench: setup
 	$(PY) -m benchmarks
 
-# count bytes, FLOPs and launches again, and the tables made from them (half an hour of processor time)
+# count bytes, FLOPs and launches again, and the tables made from them
 memory: setup
 	$(PY) -m benchmarks.memory --json benchmarks/results/memory.json
 	$(PY) -m benchmarks.report --readme README.md

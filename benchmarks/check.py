@@ -79,7 +79,7 @@ def errors(op: Op, provider: Provider, case: Case, precision: Precision, device:
 
 
 def _worst(value, truth, limit, baseline, scale) -> tuple:
-    error, where = compare._worst(value, truth)
+    error, where = compare.worst(value, truth)
     return error, limit, baseline, scale, where
 
 

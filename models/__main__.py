@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small LLaVA on handwritten digits, in stages, and report",
         description="Trains a small LLaVA to answer questions about scikit-learn's handwritten digits: two stand-ins "
-        "for pretrained backbones, then the projector, then projector + LoRA with vlkernels. About two minutes on one "
-        "CPU thread. Writes metrics.jsonl, results.json, report.txt, loss.png, accuracy.png and checkpoints/.",
+        "for pretrained backbones, then the projector, then projector + LoRA with vlkernels. "
+        "Writes metrics.jsonl, results.json, report.txt, loss.png, accuracy.png and checkpoints/.",
     )
     demo.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="default: %(default)s")
     demo.add_argument("--quick", action="store_true", help="few steps: shows that everything runs, learns little")

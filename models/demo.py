@@ -43,7 +43,7 @@ def run_demo(
     started = time.perf_counter()
     require_packages()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)  # on a busy machine two threads take ten times as long as one
+    torch.set_num_threads(1)  # on a busy machine two threads wait for each other
     if backend == "auto":
         backend = os.environ.get("VLKERNELS_BACKEND") or "auto"
     forced = training_backend(device, backend)

@@ -50,7 +50,7 @@ def device() -> str:
 def pytest_runtest_makereport(item, call):
     report = yield
     slow = item.get_closest_marker("slow") is not None
-    # a machine shared with others is up to three times slower than an idle one: measured process time, not the wall
+    # processor time, for the wall also counts what others do on a shared machine
     if call.when == "call" and report.passed and not slow and item.user_properties:
         seconds = dict(item.user_properties).get("cpu_seconds", 0.0)
         if seconds > LIMIT_S:

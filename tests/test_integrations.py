@@ -11,7 +11,6 @@ from torch import nn
 import vlkernels
 from vlkernels import backends
 from vlkernels.testing import meter
-from vlkernels.testing.case import PRECISIONS
 from vlkernels.testing.compare import ulp
 
 peft = pytest.importorskip("peft")
@@ -479,7 +478,3 @@ def test_forced_backend_that_refuses(device):
     vlkernels.swap(owner)
     with vlkernels.use_backend("triton"), pytest.raises(backends.BackendRefused, match="float64"):
         owner(x_like(owner).double())
-
-
-def test_precisions_are_those_of_the_cases():
-    assert {"fp32", "bf16", "bf16+fp32"} <= set(PRECISIONS)

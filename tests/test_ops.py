@@ -128,7 +128,7 @@ def test_reference_gradients(op):
     """The reference against numerical derivatives in float64."""
     module = compare.cases_of(op)
     case = min(small_cases(op), key=lambda c: math.prod(c.dims.values()))
-    kw = {k: compare._double(v) for k, v in module.inputs(case, Make(PRECISIONS["fp32"], 0)).items()}
+    kw = {k: compare.doubled(v) for k, v in module.inputs(case, Make(PRECISIONS["fp32"], 0)).items()}
     names = [k for k, v in kw.items() if isinstance(v, torch.Tensor) and v.requires_grad]
     small = module.fewer_rows(kw, 2)
     leaves = tuple(small[n].detach().requires_grad_() for n in names)

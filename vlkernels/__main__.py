@@ -14,7 +14,7 @@ import torch
 import vlkernels
 from vlkernels import _library, backends
 
-FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = ("fp32", "fp16", "bf16")
 
 
 def info() -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .. import backends
+from ..modules._children import child_problem
 from ..ops.lora_linear import lora_linear
-from .swap import child_problem
+from .swap import finished, training_backend
 
 
 @functools.cache
@@ -19,8 +20,6 @@ def linear_class(original: type) -> type:
 
     class Linear(original):
         """peft's lora.Linear; base product and low-rank branch through the op lora_linear where the layer allows it."""
-
-        vlkernels_fused = True
 
         def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
             plain_call = not args and all(value is None for value in kwargs.values())
@@ -96,12 +95,10 @@ def linear_class(original: type) -> type:
             weight = self.base_layer.weight
             problem = self._vlkernels_problem(weight.dtype)
             if problem is not None:
-                return "stock", problem
+                return training_backend(lora_linear, problem)
             name = self._vlkernels_adapters()[0]
             rows = torch.empty((1024, self.lora_A[name].weight.shape[1]), dtype=weight.dtype, device=weight.device)
-            with torch.enable_grad():
-                decision = backends.decide(lora_linear, self._vlkernels_values(rows, name, None))
-            return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+            return training_backend(lora_linear, self._vlkernels_values(rows, name, None))
 
         def vlkernels_configure(self, lora_compute: str = "peft", **_) -> None:
             if lora_compute == "peft":
@@ -109,13 +106,7 @@ def linear_class(original: type) -> type:
             else:
                 self._vlkernels_compute = lora_compute
 
-        def extra_repr(self) -> str:
-            return ", ".join(filter(None, (super().extra_repr(), "vlkernels_fused=True")))
-
-    # FSDP2 and accelerate look classes up by name; pickle finds this one through __getattr__ below
-    Linear.__module__ = __name__
-    Linear.__qualname__ = original.__qualname__
-    return Linear
+    return finished(Linear, original, __name__)
 
 
 def _conv1d_class() -> tuple[type, ...]:

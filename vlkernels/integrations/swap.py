@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .. import backends
+
 # "module:Class" of what can be swapped -> "module:function" that makes the fused class of it; nothing is imported
 # before a model holds an instance. transformers' projectors are listed in integrations/transformers.py.
 TARGETS: dict[str, str] = {
@@ -237,22 +239,22 @@ def _matches(path: str, name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def child_problem(name: str, child: nn.Module, kinds: tuple[type, ...]) -> str | None:
-    """Why a fused forward must not read the child's weights itself, or None.
+def training_backend(op, values: tuple | str) -> tuple[str, str]:
+    """(backend, reason) of a fused module's report: op(*values) in a training step, or why it runs stock."""
+    if isinstance(values, str):
+        return "stock", values
+    with torch.enable_grad():
+        decision = backends.decide(op, values)
+    return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
 
-    It would skip the child's hooks, its instance forward, its subclass's forward (a LoRA on it) or its sharding.
-    """
-    if type(child) not in kinds:
-        return f"{name} is a {type(child).__name__}"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return f"{name} carries hooks"
-    if "forward" in child.__dict__:
-        return f"{name} carries a forward of its own"
-    for parameter in child._parameters.values():
-        if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
-            return f"{name} holds a {type(parameter).__name__}, not a plain tensor"
-        if parameter is not None and (parameter.numel() == 0 or hasattr(parameter, "ds_id")):
-            return f"{name} holds a parameter that is gathered elsewhere"
-    if "weight" in child.__dict__ or hasattr(child, "parametrizations"):
-        return f"{name} is parametrised"
-    return None
+
+def finished(fused: type, original: type, module: str) -> type:
+    """The fused class under its original's name, which FSDP2 and accelerate look up, and under the path by which
+    pickle finds it through `module`'s __getattr__; repr shows what it is."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (original.extra_repr(self), "vlkernels_fused=True")))
+
+    fused.vlkernels_fused, fused.extra_repr = True, extra_repr
+    fused.__name__, fused.__qualname__, fused.__module__ = original.__name__, original.__qualname__, module
+    return fused

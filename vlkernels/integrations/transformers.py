@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..modules._children import child_problem
 from ..ops.linear_projector import linear_projector
 from ..ops.mlp_projector import mlp_projector
-from .swap import child_problem, class_key
+from .swap import class_key, finished, training_backend
 
 
 @dataclass(frozen=True)
 class Row:
-    """linear_1, act, linear_2, norm: paths of the parts; gate: of a gate with a weight of its own; norm_act: of an
-    activation right after the norm. before(module, x, ...) -> (x, op arguments), or None for an
-    input whose handling is upstream's alone. first(module, x, ...) -> x: modules of the class that run before, once
-    it is certain that a kernel follows. after(module, y, x) -> what the class returns."""
+    """Where one class keeps the parts of mlp_projector.
+
+    linear_1, act, linear_2, norm: paths of the parts; gate: of a gate with a weight of its own; norm_act: of an
+    activation right after the norm. before(module, x) -> (x, op arguments), or None for an input whose handling is
+    upstream's alone. first(module, x, ...) -> x: modules of the class that run before, once it is certain that a
+    kernel follows. after(module, y, x) -> what the class returns.
+    """
 
     linear_1: str = "linear_1"
     act: str = "act"
@@ -155,8 +159,6 @@ def projector_class(original: type) -> type:
     acts = _acts()
 
     class Fused(original):
-        vlkernels_fused = True
-
         def forward(self, *args, **kwargs):
             parts = self._vlkernels_parts() if args and not kwargs else "called with keyword arguments"
             values = parts if isinstance(parts, str) else self._vlkernels_values(args[0], parts)
@@ -229,12 +231,11 @@ def projector_class(original: type) -> type:
             """(backend, reason) for a training step in this module's present state."""
             parts = self._vlkernels_parts()
             if isinstance(parts, str):
-                return "stock", parts
+                return training_backend(mlp_projector, parts)
             rows = torch.empty((2, parts["w1"].shape[1]), dtype=parts["w1"].dtype, device=parts["w1"].device)
             # the plain form decides alike: shuffle and merge are refused for no device or dtype
             plain = {k: v for k, v in parts.items() if not k.startswith("norm") and k != "eps"}
-            decision = backends.decide(mlp_projector, mlp_projector.values(rows, **plain, gated=row.gated))
-            return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+            return training_backend(mlp_projector, mlp_projector.values(rows, **plain, gated=row.gated))
 
         def vlkernels_configure(self, projector_level: int = 0, **_) -> None:
             if projector_level == 0:
@@ -242,12 +243,7 @@ def projector_class(original: type) -> type:
             else:
                 self._vlkernels_level = projector_level
 
-        def extra_repr(self) -> str:
-            return ", ".join(filter(None, (super().extra_repr(), "vlkernels_fused=True")))
-
-    # FSDP2 and accelerate look classes up by name; pickle finds this one through __getattr__ below
-    Fused.__name__, Fused.__qualname__, Fused.__module__ = original.__name__, original.__qualname__, __name__
-    return Fused
+    return finished(Fused, original, __name__)
 
 
 GEMMA3 = "gemma3.modeling_gemma3:Gemma3MultiModalProjector"
@@ -257,8 +253,6 @@ def _gemma3_class(original: type) -> type:
     """Gemma 3's projector: average pool over the grid, RMSNorm with 1 + weight, a product with a weight (in, out)."""
 
     class Fused(original):
-        vlkernels_fused = True
-
         def forward(self, *args, **kwargs):
             values = self._vlkernels_values(*args) if len(args) == 1 and not kwargs else "called with keyword arguments"
             if isinstance(values, str):
@@ -296,22 +290,13 @@ def _gemma3_class(original: type) -> type:
             """(backend, reason) for a training step in this module's present state."""
             weight = self.mm_input_projection_weight
             tokens = (self.tokens_per_side * self.kernel_size) ** 2
-            values = self._vlkernels_values(
-                torch.empty((1, tokens, weight.shape[0]), dtype=weight.dtype, device=weight.device)
-            )
-            if isinstance(values, str):
-                return "stock", values
-            decision = backends.decide(linear_projector, values)
-            return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+            x = torch.empty((1, tokens, weight.shape[0]), dtype=weight.dtype, device=weight.device)
+            return training_backend(linear_projector, self._vlkernels_values(x))
 
         def vlkernels_configure(self, **_) -> None:
             """There is nothing to choose."""
 
-        def extra_repr(self) -> str:
-            return ", ".join(filter(None, (super().extra_repr(), "vlkernels_fused=True")))
-
-    Fused.__name__, Fused.__qualname__, Fused.__module__ = original.__name__, original.__qualname__, __name__
-    return Fused
+    return finished(Fused, original, __name__)
 
 
 def __getattr__(name: str):

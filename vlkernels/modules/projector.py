@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops._shuffle import ACTS, shuffled
 from ..ops.mlp_projector import mlp_projector
+from ._children import child_problem
 
 # transformers' names of activations that we have under another name
 _ALIASES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
@@ -373,10 +374,5 @@ def _mlp(
 
 
 def _plain(child: nn.Module, kind: type = nn.Linear) -> bool:
-    """The op may read the child's parameters itself: no LoRA, hooks, own forward, sharding or quantisation is on it."""
-    return (
-        type(child) is kind
-        and "forward" not in child.__dict__
-        and not (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks)
-        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in child._parameters.values())
-    )
+    """The op may read the child's parameters itself."""
+    return child_problem("child", child, (kind,)) is None

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# multiprocessors; one config serves the variants of an architecture
+_SMS = {80: 108, 90: 132, 100: 148, 120: 170}
+
 _assumed: int | None = None
 
 
@@ -19,6 +22,11 @@ def arch(t: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(t.device)
     return 10 * major + minor
+
+
+def multiprocessors(capability: int) -> int:
+    """How many programs fill a device of this architecture; sm_90's where it is unknown."""
+    return _SMS.get(capability, _SMS[90])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tl
-from ._device import arch
+from ._device import arch, multiprocessors
 from ._shuffle import shuffled, unshuffled
 
 MAX_CHANNELS = 8192  # a row is held in one program's registers
@@ -28,7 +28,7 @@ class Config:
 
 def config(rows: int, channels: int, device_arch: int) -> Config:
     """None of the steps below has been timed on a GPU yet."""
-    sms = {80: 108, 90: 132, 100: 148}.get(device_arch, 132)
+    sms = multiprocessors(device_arch)
     block = triton.next_power_of_2(channels)
     return Config(block, max(4, min(16, block // 256)), max(1, min(2 * sms, triton.cdiv(rows, 4))))
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _check
+
 ACTS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
@@ -30,6 +32,26 @@ def normalised(
     if offset:  # Gemma's: scaled before it is rounded
         return (wide * (weight.to(wide.dtype) + offset)).to(x.dtype)
     return wide.to(x.dtype) if weight is None else wide.to(x.dtype) * weight
+
+
+def check_shuffle_and_norm(
+    x: Tensor, shuffle: int, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> int:
+    """The channels after the shuffle, or an error that names the argument that does not fit."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; accepted: {', '.join(NORMS)}")
+    if shuffle > 1 and (x.dim() != 4 or x.shape[1] % shuffle or x.shape[2] % shuffle):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; accepted with shuffle={shuffle}: (B, h, w, C), h and w multiples of it"
+        )
+    channels = x.shape[-1] * shuffle * shuffle
+    _check.shape("norm_weight", norm_weight, (channels,), "(C shuffle²,)")
+    _check.shape("norm_bias", norm_bias, (channels,), "(C shuffle²,)")
+    if norm == "none" and (norm_weight is not None or norm_bias is not None):
+        raise ValueError('norm is "none", yet norm_weight or norm_bias is given')
+    if norm == "rms" and norm_bias is not None:
+        raise ValueError("norm_bias is given; RMSNorm has none")
+    return channels
 
 
 def shuffled(x: Tensor, s: int) -> Tensor:

@@ -69,7 +69,7 @@ def run(op: Op, arguments: dict, precision: Precision, backend: str, seed: int) 
 
 def exact(op: Op, arguments: dict, precision: Precision, seed: int) -> dict[str, Tensor]:
     """The same call on the float64 reference, from the same rounded numbers and the same cotangent."""
-    return run(op, {k: _double(v) for k, v in arguments.items()}, precision, "reference", seed)
+    return run(op, {k: doubled(v) for k, v in arguments.items()}, precision, "reference", seed)
 
 
 def cotangent(out: Tensor, precision: Precision, seed: int, index: int) -> Tensor:
@@ -77,7 +77,7 @@ def cotangent(out: Tensor, precision: Precision, seed: int, index: int) -> Tenso
     return torch.randn(out.shape, generator=generator).to(out.device, precision.compute).to(out.dtype)
 
 
-def _double(v):
+def doubled(v):
     return v.detach().double().requires_grad_(v.requires_grad) if isinstance(v, Tensor) and v.is_floating_point() else v
 
 
@@ -93,7 +93,7 @@ def limits(op: Op, case: Case, precision: Precision, device: str = "cpu") -> dic
         truth = exact(op, arguments, precision, seed)
         for name, value in run(op, arguments, precision, "reference", seed).items():
             dtypes[name] = value.dtype
-            baseline[name] = max(baseline.get(name, 0.0), _worst(value, truth[name])[0])
+            baseline[name] = max(baseline.get(name, 0.0), worst(value, truth[name])[0])
             scale[name] = max(scale.get(name, 0.0), float(truth[name].abs().max()) if truth[name].numel() else 0.0)
     return {n: (2 * baseline[n] + 4 * ulp(scale[n], dtypes[n]), baseline[n], scale[n]) for n in baseline}
 
@@ -119,12 +119,12 @@ def errors(
         if value is None or value.shape != truth[name].shape:
             found.append(Error(name, math.inf, limit, baseline, scale, ()))
             continue
-        error, where = _worst(value, truth[name])
+        error, where = worst(value, truth[name])
         found.append(Error(name, error, limit, baseline, scale, where))
     return found
 
 
-def _worst(value: Tensor, truth: Tensor) -> tuple[float, tuple[int, ...]]:
+def worst(value: Tensor, truth: Tensor) -> tuple[float, tuple[int, ...]]:
     if value.numel() == 0:
         return 0.0, ()
     difference = (value.double() - truth).abs().flatten()

@@ -76,11 +76,10 @@ class Traffic:
     """What ran inside `traffic()`.
 
     moved: bytes, a byte counted once per launch however often its tiles are loaded (memory's share when the cache holds
-    the re-reads). issued: every masked load and store as issued. flops: of tiles, padding included.
+    the re-reads). flops: of tiles, padding included.
     """
 
     moved: int = 0
-    issued: int = 0
     flops: int = 0
     launches: Counter = field(default_factory=Counter)
     moved_by: Counter = field(default_factory=Counter)
@@ -120,7 +119,6 @@ class _AtenMeter(TorchDispatchMode):
         results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
         moved = sum(t.numel() * t.element_size() for t in (*tensors, *results))
         self.record.moved += moved
-        self.record.issued += moved
         self.record.moved_by[f"aten::{name}"] += moved
         self.record.launches[f"aten::{name}"] += 1
         if func._overloadpacket in flop_registry:
@@ -129,7 +127,7 @@ class _AtenMeter(TorchDispatchMode):
 
 
 def _distinct_bytes(rows: list[np.ndarray]) -> int:
-    """Bytes of the distinct address * 16 + size; sorting once is three times faster than np.unique on pairs."""
+    """Bytes of the distinct address * 16 + size; one sort is faster than np.unique on pairs."""
     keys = np.sort(np.concatenate(rows))
     first = np.append(True, keys[1:] != keys[:-1]) if keys.size else keys.astype(bool)
     return int((keys[first] % 16).sum())
@@ -154,7 +152,6 @@ def traffic() -> Iterator[Traffic]:
         size = pointers.get_element_ty().primitive_bitwidth // 8
         addresses = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)]
         touched[kind].append(addresses.astype(np.int64) * 16 + size)  # an address fits 48 bits, a size 4
-        record.issued += addresses.size * size
 
     def counted_load(ptrs, mask, *rest):
         note("load", ptrs, mask)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._shuffle import NORMS, normalised, shuffled
+from .._shuffle import check_shuffle_and_norm, normalised, shuffled
 
 
 def forward(
@@ -60,28 +60,16 @@ def check(x, weight, bias, norm_weight, norm_bias, norm, eps, norm_offset, shuff
     tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     _check.floating(**tensors)
     _check.same_device(**tensors)
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; accepted: {', '.join(NORMS)}")
     if shuffle < 1:
         raise ValueError(f"shuffle is {shuffle}; accepted: 1 or more")
     if x.dim() < 1 or weight.dim() != 2:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; accepted: x (..., C), weight (N, K)"
         )
-    if shuffle > 1 and (x.dim() != 4 or x.shape[1] % shuffle or x.shape[2] % shuffle):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; accepted with shuffle={shuffle}: (B, h, w, C), h and w multiples of it"
-        )
-    channels = x.shape[-1] * shuffle * shuffle
+    channels = check_shuffle_and_norm(x, shuffle, norm, norm_weight, norm_bias)
     if weight.shape[1] != channels:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted for x {tuple(x.shape)}: {channels} columns")
     _check.shape("bias", bias, (weight.shape[0],), "(N,)")
-    _check.shape("norm_weight", norm_weight, (channels,), "(C shuffle²,)")
-    _check.shape("norm_bias", norm_bias, (channels,), "(C shuffle²,)")
-    if norm == "none" and (norm_weight is not None or norm_bias is not None):
-        raise ValueError('norm is "none", yet norm_weight or norm_bias is given')
-    if norm == "rms" and norm_bias is not None:
-        raise ValueError("norm_bias is given; RMSNorm has none")
     if norm_offset and norm_weight is None:
         raise ValueError(f"norm_offset is {norm_offset}; accepted: 0 without a norm_weight")
     if dtype is None:

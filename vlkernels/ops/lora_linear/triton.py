@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _refuse, _tl
-from .._device import arch
+from .._device import arch, multiprocessors
 from .._dropout import keep_factor, threshold
 from .reference import low_rank_dtype
 
@@ -143,9 +143,6 @@ class Config:
     up: Tile | None  # ds and dB from one read of dy
 
 
-SMS = {80: 108, 90: 132, 100: 148, 120: 170}
-
-
 def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None = None) -> Config:
     """Tiles by shape; `dtype` is that of s and of the products, `loaded` the widest of x, a, b in memory.
 
@@ -156,7 +153,7 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         not wide and loaded == torch.float32
     )  # autocast: a tile is in registers twice, before and after rounding
     rank = max(16, triton.next_power_of_2(dims.R))  # tl.dot needs 16
-    sms = SMS.get(arch, 132)
+    sms = multiprocessors(arch)
 
     def down(width: int) -> Tile:
         held = min(rank, 64 if wide else 128)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._shuffle import ACTS, NORMS, merged, normalised, shuffled
+from .._shuffle import ACTS, check_shuffle_and_norm, merged, normalised, shuffled
 
 
 def forward(
@@ -95,8 +95,6 @@ def check(
         raise ValueError(f"act is {act!r}; accepted: {', '.join(ACTS)}")
     if norm_act not in ("none", *ACTS) or (norm_act != "none" and norm == "none"):
         raise ValueError(f"norm_act is {norm_act!r}; accepted: none, and with a norm {', '.join(ACTS)}")
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; accepted: {', '.join(NORMS)}")
     if level not in (0, 1):
         raise ValueError(f"level is {level!r}; accepted: 0 (keep the first product), 1 (recompute it)")
     if shuffle < 1 or merge < 1:
@@ -106,11 +104,7 @@ def check(
             f"x has shape {tuple(x.shape)}, w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}; accepted: x (..., C), "
             "w1 (F, K) or (2F, K), w2 (N, F)"
         )
-    if shuffle > 1 and (x.dim() != 4 or x.shape[1] % shuffle or x.shape[2] % shuffle):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; accepted with shuffle={shuffle}: (B, h, w, C), h and w multiples of it"
-        )
-    channels = x.shape[-1] * shuffle * shuffle
+    channels = check_shuffle_and_norm(x, shuffle, norm, norm_weight, norm_bias)
     rows = x.shape[-2] if shuffle == 1 and x.dim() > 1 else x.numel() // channels
     if rows % merge:
         raise ValueError(f"x has {rows} tokens; accepted with merge={merge}: a multiple of {merge}")
@@ -125,12 +119,6 @@ def check(
     _check.shape("w2", w2, (w2.shape[0], inner), "(N, F)")
     _check.shape("b1", b1, (w1.shape[0],), "(F,), or (2F,) when gated")
     _check.shape("b2", b2, (w2.shape[0],), "(N,)")
-    _check.shape("norm_weight", norm_weight, (channels,), "(C shuffle²,)")
-    _check.shape("norm_bias", norm_bias, (channels,), "(C shuffle²,)")
-    if norm == "none" and (norm_weight is not None or norm_bias is not None):
-        raise ValueError('norm is "none", yet norm_weight or norm_bias is given')
-    if norm == "rms" and norm_bias is not None:
-        raise ValueError("norm_bias is given; RMSNorm has none")
     if dtype is None:
         _check.same_dtype(" (or pass dtype=, or use autocast)", **tensors)
     elif dtype not in _check.FLOATS:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _norm, _refuse, _tl
-from .._device import arch
+from .._device import arch, multiprocessors
 
 
 def refuses(
@@ -94,7 +94,7 @@ class Config:
 
 def config(rows: int, inner: int, device_arch: int) -> Config:
     """None of the steps below has been timed on a GPU yet."""
-    sms = {80: 108, 90: 132, 100: 148}.get(device_arch, 132)
+    sms = multiprocessors(device_arch)
     cols = min(128, max(16, triton.next_power_of_2(inner)))
     blocks = triton.cdiv(inner, cols)
     # 64 rows a range at least: a partial sum costs 8 bytes a column against 6 a row and column of the pass itself
