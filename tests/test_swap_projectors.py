@@ -310,3 +310,23 @@ def test_a_whole_llava_with_lora(device):
     assert counts["mlp_projector_act_kernel"] == 1 and counts["lora_linear_down_kernel"] == 2
     assert any("modules_to_save.default.linear_1.weight" in n for n in got)
     check(got, want, exact, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["qwen2_vl.modeling_qwen2_vl:PatchMerger", table.GEMMA3], ids=["qwen2", "gemma3"])
+def test_a_norm_in_another_dtype_is_upstreams(key, device):
+    """A float32 norm over a half-precision projector: what upstream does with it, no error of ours."""
+    owner = built(key).bfloat16()
+    norm = owner.projector.ln_q if "qwen" in key else owner.projector.mm_soft_emb_norm
+    norm.float()
+    owner, args = on(device, owner, arguments(owner, torch.bfloat16))
+    try:
+        want = owner.projector(*args)
+    except RuntimeError as error:
+        want = error  # a CPU build of torch may lack the mixed kernel
+    report = vlkernels.swap(owner)
+    assert report.entries[0].backend == "stock" and "torch.float32" in report.entries[0].reason
+    if isinstance(want, RuntimeError):
+        with pytest.raises(RuntimeError):
+            owner.projector(*args)
+    else:
+        assert torch.equal(owner.projector(*args), want)

@@ -45,8 +45,10 @@ class Row:
 
 def _square_grid(m: nn.Module, x: Tensor) -> tuple[Tensor, dict] | None:
     """(B, n, C) as a square grid, shuffled by the class's downsample factor."""
+    if x.dim() != 3:
+        return None
     side, s = math.isqrt(x.shape[1]), m.downsample_factor
-    if x.dim() != 3 or side * side != x.shape[1] or side % s:
+    if side * side != x.shape[1] or side % s:
         return None
     return x.reshape(x.shape[0], side, side, x.shape[2]), {"shuffle": s}
 
@@ -150,6 +152,15 @@ def _act_name(act: nn.Module, acts: dict[type, str]) -> str:
     return acts[type(act)]
 
 
+def _one_dtype(parts: dict) -> str | None:
+    """Why parameters of several dtypes are upstream's affair (autocast takes them all), or None."""
+    w = parts["w1"]
+    odd = next((n for n, t in parts.items() if isinstance(t, Tensor) and t.dtype != w.dtype), None)
+    if odd is None or torch.is_autocast_enabled(w.device.type):
+        return None
+    return f"{odd} is {parts[odd].dtype}, w1 {w.dtype}"
+
+
 @functools.cache
 def projector_class(original: type) -> type:
     """The static subclass of one of ROWS' classes, or of GEMMA3, that swapped projectors get."""
@@ -188,6 +199,10 @@ def projector_class(original: type) -> type:
 
         def _vlkernels_parts(self) -> dict | str:
             """Weights, activation and norm as they are now, or which child stands in the way."""
+            parts = self._vlkernels_children()
+            return parts if isinstance(parts, str) else _one_dtype(parts) or parts
+
+        def _vlkernels_children(self) -> dict | str:
             container = self
             for name in row.linear_1.split(".")[:-1]:
                 container = getattr(container, name)
@@ -277,6 +292,8 @@ def _gemma3_class(original: type) -> type:
                 return reason
             if type(weight) is not nn.Parameter:
                 return f"mm_input_projection_weight is a {type(weight).__name__}"
+            if norm.weight.dtype != weight.dtype:
+                return f"mm_soft_emb_norm is {norm.weight.dtype}, the weight {weight.dtype}"
             tokens = (self.tokens_per_side * self.kernel_size) ** 2
             if x.dim() != 3 or x.shape[1] != tokens or not x.is_contiguous():
                 return f"an input of shape {tuple(x.shape)}"
