@@ -273,7 +273,7 @@ def test_clock():
 
 
 def test_tune_neighbours():
-    from vlkernels.ops.lora_linear.triton import Tile
+    from vlkernels.ops._lora import Tile
 
     tile = Tile(rows=64, cols=128, rank=128, warps=4)
     found = list(tune.neighbours(tile))

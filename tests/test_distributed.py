@@ -65,7 +65,7 @@ def test_fsdp2(unit, mesh):
     with meter.launches() as counts:
         got = step(model, loss)
     # q and down are fused; q's children as units of their own leave down alone
-    assert counts["lora_linear_down_kernel"] == (2 if unit == "block" else 1)
+    assert counts["lora_down_kernel"] == (2 if unit == "block" else 1)
     if unit == "children":
         assert any(e.backend == "stock" and "base_layer" in e.reason for e in report.entries)
     if unit == "children":

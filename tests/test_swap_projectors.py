@@ -232,7 +232,7 @@ def test_lora_on_a_child(device):
     assert any("linear_1 is a Linear" in e.reason for e in report.entries)
     with meter.launches() as counts:
         got = projector(*args)
-    assert counts["lora_linear_down_kernel"] == 1 and not counts["mlp_projector_act_kernel"]
+    assert counts["lora_down_kernel"] == 1 and not counts["mlp_projector_act_kernel"]
     torch.testing.assert_close(got, want)
 
 
@@ -307,7 +307,7 @@ def test_a_whole_llava_with_lora(device):
     assert {"LlavaMultiModalProjector", "Linear"} == {e.cls.rpartition(".")[2] for e in report.entries if e.swapped}
     with meter.launches() as counts:
         got = step(model)
-    assert counts["mlp_projector_act_kernel"] == 1 and counts["lora_linear_down_kernel"] == 2
+    assert counts["mlp_projector_act_kernel"] == 1 and counts["lora_down_kernel"] == 2
     assert any("modules_to_save.default.linear_1.weight" in n for n in got)
     check(got, want, exact, torch.float32)
 

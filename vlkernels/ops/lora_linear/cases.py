@@ -6,7 +6,7 @@ import triton
 
 from ...testing.case import Case, Make
 from .._device import arch
-from .triton import Config, Dims, config
+from .._lora import Config, Dims, config
 
 
 def _case(name, T, K, N, R, tags=(), recipe="", **options) -> Case:

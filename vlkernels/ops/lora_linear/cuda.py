@@ -57,8 +57,7 @@ def update(
     return out
 
 
-def _update(base, s, b, bias, seed, scale, p, out, tile) -> None:
+def _update(base, pairs, bias, seed, scale, p, out, tile) -> None:
     """update as triton.py calls it: no base means zero, and the tile is the Triton kernel's own affair."""
-    if base is None:
-        base = out.zero_()
-    update(base, s, b, bias, seed, scale, p, out)
+    ((s, b),) = pairs
+    update(out.zero_() if base is None else base, s, b, bias, seed, scale, p, out)
