@@ -27,7 +27,9 @@ setup: $(READY)
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install -q $(PINS) torch
 	.venv/bin/python -m pip install -q $(PINS) "setuptools>=77" wheel
-	VLKERNELS_BUILD=$(BUILD) .venv/bin/python -m pip install -q $(PINS) --no-build-isolation -e ".[hf,demo,bench,dev]"
+# headers alone: what the package depends on is for its Python; without them csrc/two_source is left out
+	.venv/bin/python -m pip install -q $(PINS) --no-deps nvidia-cutlass || echo "nvidia-cutlass was not installed"
+	VLKERNELS_BUILD=$(BUILD) .venv/bin/python -m pip install -q $(PINS) --no-build-isolation -e ".[hf,qlora,demo,bench,dev]"
 	touch $@
 
 demo: setup

@@ -2,6 +2,8 @@
 
 VLKERNELS_BUILD  auto (default): compile if possible, else pure Python and a message; cuda: compile or fail; none: never
 VLKERNELS_ARCHS  targets, default "sm_80 sm_90a sm_100 compute_100" (compute_*: PTX, for devices newer than the list)
+VLKERNELS_CUTLASS  folder of CUTLASS's headers, default those of the nvidia-cutlass package; without them, and without
+                 sm_90a among the targets, csrc/two_source is left out
 MAX_JOBS         compilations at a time, default min(cores, free GiB / 5)
 
 `python setup.py build_ops --dest DIR` makes DIR/_ops.so alone; it serves every Python and every torch from 2.11 on.
@@ -40,6 +42,7 @@ def sources(*patterns):
 
 
 OPS_SOURCES = sources("csrc/build_info.cpp", "csrc/*/*.cu", "csrc/*/*_torch.cpp")
+HOPPER_SOURCES = sources("csrc/two_source/*.cu", "csrc/two_source/*_torch.cpp")  # CUTLASS's headers, sm_90a alone
 MODULE_SOURCES = sources("csrc/module.cpp")
 
 
@@ -86,6 +89,36 @@ def find_torch():
     return Path(spec.origin).parent, version
 
 
+def find_cutlass():
+    """The folder of CUTLASS's headers. The package is not imported: it brings scipy, pydot and more along."""
+    named = os.environ.get("VLKERNELS_CUTLASS")
+    if named:
+        folders = [Path(named), Path(named) / "include"]
+        looked = f"VLKERNELS_CUTLASS={named}"
+    else:
+        looked = "the nvidia-cutlass package; VLKERNELS_CUTLASS can name another folder"
+        try:
+            package = importlib.metadata.distribution("nvidia-cutlass")
+        except importlib.metadata.PackageNotFoundError:
+            folders = []
+        else:
+            folders = [Path(package.locate_file("cutlass_library/source/include"))]
+    for folder in folders:
+        if (folder / "cute" / "arch" / "mma_sm90_gmma.hpp").is_file():
+            return folder.resolve()
+    raise Unavailable(f"CUTLASS's headers were not found (looked for {looked})")
+
+
+def ops_sources():
+    """What _ops.so is made of, CUTLASS's headers or None, and why HOPPER_SOURCES are left out or None."""
+    try:
+        if "sm_90a" not in archs():
+            raise Unavailable("sm_90a is not among VLKERNELS_ARCHS")
+        return OPS_SOURCES, find_cutlass(), None
+    except Unavailable as reason:
+        return [file for file in OPS_SOURCES if file not in HOPPER_SOURCES], None, str(reason)
+
+
 def find_ninja():
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
@@ -121,8 +154,8 @@ rule link
 """
 
 
-def ninja_file(folder, nvcc, torch, ops, module):
-    """The build as text: one object per source in folder, then the files `ops` and `module` unless None."""
+def ninja_file(folder, nvcc, torch, ops, module, files, cutlass):
+    """The build as text: one object per source in folder, then `ops` made of `files`, and `module`, unless None."""
     cxx = os.environ.get("CXX", "g++")
     common = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-I{folder}"]
     host = ["-fPIC", "-fvisibility=hidden", "-Wall"]
@@ -131,7 +164,9 @@ def ninja_file(folder, nvcc, torch, ops, module):
         targets.setdefault(name.split("_")[1], []).append(name)
     gencodes = [f"-gencode=arch=compute_{number},code=[{','.join(names)}]" for number, names in targets.items()]
     torch_target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#x}ULL"
-    cu = [nvcc, *common, "-ccbin", cxx, *gencodes, "--threads=2", "-Xptxas=-v", f"-Xcompiler={','.join(host)}"]
+    cu = [nvcc, *common, "-ccbin", cxx, "--threads=2", "-Xptxas=-v", f"-Xcompiler={','.join(host)}"]
+    hopper = [*cu, "-isystem", cutlass, "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=[sm_90a]"]
+    cu = [*cu, *gencodes]
     cpp = [cxx, *common, *host]
     ops_cpp = [*cpp, torch_target, "-isystem", torch / "include"]
     # --no-as-needed: libtorch.so brings libtorch_cuda.so into reach, where the weak stream function lives
@@ -149,12 +184,13 @@ def ninja_file(folder, nvcc, torch, ops, module):
     def build_shared(output, files, cpp, link, libs=()):
         objects = {folder / (file.replace("/", "_") + ".o"): file for file in files}
         for obj, file in objects.items():
-            rule, tool = ("cu", cu) if file.endswith(".cu") else ("cpp", cpp)
+            rule = "cu" if file.endswith(".cu") else "cpp"
+            tool = cpp if rule == "cpp" else hopper if file in HOPPER_SOURCES else cu
             build(obj, rule, [ROOT / file], tool)
         build(output, "link", objects, link, libs)
 
     if ops:
-        build_shared(ops, OPS_SOURCES, ops_cpp, ops_link, [f"-L{torch / 'lib'}", "-ltorch"])
+        build_shared(ops, files, ops_cpp, ops_link, [f"-L{torch / 'lib'}", "-ltorch"])
     if module:
         import pybind11
 
@@ -166,18 +202,21 @@ def ninja_file(folder, nvcc, torch, ops, module):
 def compile_with_ninja(folder, ops=None, module=None):
     """Builds the files `ops` and `module`; ptxas's report on each .cu lies beside its object in folder (*.o.log)."""
     (nvcc, cuda), (torch, torch_version), ninja = find_tools()
+    sources_of_ops, cutlass, reason = ops_sources()
+    if reason is not None:
+        print(f"vlkernels: csrc/two_source is left out: {reason}")
     info = {
         "version": re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1],
         "archs": archs(),
         "cuda": cuda,
         "torch": torch_version,
         "torch_target": ".".join(map(str, TORCH_TARGET)),
-        "ops": sorted({Path(source).parent.name for source in OPS_SOURCES if source.endswith(".cu")}),
+        "ops": sorted({Path(source).parent.name for source in sources_of_ops if source.endswith(".cu")}),
         "git": output_of("git", "describe", "--always", "--dirty", "--exclude=*").strip() or "unknown",
     }
     files = {
         folder / "vlk_build_info.h": f'#define VLK_BUILD_INFO R"json({json.dumps(info)})json"\n',
-        folder / "build.ninja": ninja_file(folder, nvcc, torch, ops, module),
+        folder / "build.ninja": ninja_file(folder, nvcc, torch, ops, module, sources_of_ops, cutlass),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():

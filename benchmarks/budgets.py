@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
 from vlkernels.testing.case import Case, Precision
 
@@ -39,6 +40,23 @@ def _low_rank_bytes(case: Case, precision: Precision) -> int:
     return case["R"] * torch.empty((), dtype=low).element_size()
 
 
+def _low_rank_flops(case: Case) -> float:
+    """A decoding batch fills part of the rank products' row tile of 64: at 16 rows they compute up to four times."""
+    return LEVEL_0 if case["T"] >= 64 else 1.2
+
+
+def _dora_bytes(case: Case, precision: Precision) -> int:
+    """s (T, R), and at level 0 u (T, N) in the dtype of the product with W."""
+    u = case["N"] * torch.empty((), dtype=precision.compute).element_size()
+    return _low_rank_bytes(case, precision) + (u if case.get("level", 0) == 0 else 0)
+
+
+def _dora_flops(case: Case) -> float:
+    """Level 1 computes u once more."""
+    ours, level_0 = (sum(dora_linear_cases.flops(c).values()) for c in (case, case.derived(level=0)))
+    return LEVEL_0 * ours / level_0
+
+
 def _projector_bytes(case: Case, precision: Precision) -> int:
     """The first product at level 0, and with a norm 8 bytes of statistics a row."""
     gate = case.get("gated") or case.get("own_gate")
@@ -56,9 +74,38 @@ def _projector_flops(case: Case) -> float:
     return LEVEL_0 * ours / eager
 
 
+def _linear_projector_bytes(case: Case, precision: Precision) -> int:
+    """With a norm 8 bytes of statistics a row; a shuffle alone keeps its tokens and not x. Nothing for the rest."""
+    if case.get("norm", "none") != "none":
+        return 8
+    shuffle = case.get("shuffle", 1)
+    return case["C"] * shuffle**2 * torch.empty((), dtype=precision.compute).element_size() * (shuffle > 1)
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def _group_bytes(case: Case, precision: Precision) -> int:
+    """s of every adapter, and with a norm 8 bytes of statistics a row."""
+    low = sum(case.get("ranks")) * _itemsize(precision.autocast or precision.adapter)
+    return low + 8 * bool(case.get("norm"))
+
+
+def _mlp_bytes(case: Case, precision: Precision) -> int:
+    """Besides, gate and up before the activation."""
+    return _group_bytes(case, precision) + 2 * case["F"] * _itemsize(precision.compute)
+
+
 BUDGETS: dict[str, Budget] = {
+    "dora_linear": Budget(
+        saved_per_token=_dora_bytes,
+        saved_per_call=8 + 4 * 14336,  # dropout's seed; the norm, for the widest layer of the cases and of Llama-3-8B
+        flops_ratio=_dora_flops,
+        small={"T": 128, "K": 128, "N": 256, "R": 16},
+    ),
     "linear_projector": Budget(
-        saved_per_token=lambda case, precision: 8 * (case.get("norm", "none") != "none"),  # the norm's statistics
+        saved_per_token=_linear_projector_bytes,
         saved_per_call=0,
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "C": 32, "N": 64},
@@ -66,8 +113,20 @@ BUDGETS: dict[str, Budget] = {
     "lora_linear": Budget(
         saved_per_token=_low_rank_bytes,
         saved_per_call=8,  # dropout's seed
-        flops_ratio=lambda case: LEVEL_0,
+        flops_ratio=_low_rank_flops,
         small={"T": 128, "K": 128, "N": 256, "R": 16},
+    ),
+    "lora_mlp": Budget(
+        saved_per_token=_mlp_bytes,
+        saved_per_call=24,  # three seeds
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "K": 64, "F": 128},
+    ),
+    "lora_qkv": Budget(
+        saved_per_token=_group_bytes,
+        saved_per_call=24,  # three seeds
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "K": 64, "N": 64},
     ),
     "mlp_projector": Budget(
         saved_per_token=_projector_bytes,

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from vlkernels.op import Op
+from vlkernels.ops import _nf4_triton
 from vlkernels.testing import compare
 from vlkernels.testing.case import Case, Make, Precision
 
@@ -31,6 +32,7 @@ def plan_of(op: Op, case: Case) -> Iterator[None]:
     if isinstance(kernels, str):
         yield
         return
+    kernels = getattr(kernels, "CONFIG_IN", kernels)
     config = kernels.config
 
     def full(dims, *rest, **named):
@@ -38,7 +40,9 @@ def plan_of(op: Op, case: Case) -> Iterator[None]:
             dims = dataclasses.replace(dims, T=case["T"])
         return config(dims, *rest, **named)
 
-    with mock.patch.object(kernels, "config", full):
+    # a 4-bit weight is dequantised in the product only where all rows of the case are few
+    few = _nf4_triton.MAX_ROWS if case.dims.get("T", 0) <= _nf4_triton.MAX_ROWS else 0
+    with mock.patch.object(kernels, "config", full), mock.patch.object(_nf4_triton, "MAX_ROWS", few):
         yield
 
 

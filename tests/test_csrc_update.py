@@ -29,6 +29,13 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 def emulation(namespace: str = "vlkernels_emulated", edit: tuple[str, str, str] | None = None):
     """The op compiled for the host as torch.ops.<namespace>.lora_linear_update; `edit` = (file, old, new) breaks it."""
+    library = host_library(namespace, "ops.cpp", ["lora_linear/lora_linear_update.cu"], edit)
+    torch.ops.load_library(str(library))
+    return getattr(torch.ops, namespace).lora_linear_update, library
+
+
+def host_library(namespace: str, border: str, kernels: list[str], edit: tuple[str, str, str] | None = None) -> Path:
+    """`border` of tests/emulate and `kernels` of csrc compiled by g++, registering torch.ops.<namespace>."""
     compiler = shutil.which("g++")
     toolkit = next((p for p in toolkit_includes() if (p / "cuda_bf16.h").is_file()), None)
     if compiler is None or toolkit is None:
@@ -54,12 +61,11 @@ def emulation(namespace: str = "vlkernels_emulated", edit: tuple[str, str, str] 
                 f"-Dvlkernels_cuda={namespace}", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
                 "-isystem", toolkit, "-isystem", torch_folder / "include",
                 "-include", emulate / "cuda_host.h", f"-I{emulate}", f"-I{csrc}",
-                csrc / "lora_linear" / "lora_linear_update.cu", emulate / "ops.cpp", "-o", library,
+                *(csrc / kernel for kernel in kernels), emulate / border, "-o", library,
                 "-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch",
             )  # fmt: skip
             assert built.returncode == 0, built.stderr
-    torch.ops.load_library(str(library))
-    return getattr(torch.ops, namespace).lora_linear_update, library
+    return library
 
 
 def toolkit_includes() -> list[Path]:

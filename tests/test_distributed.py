@@ -1,12 +1,21 @@
-"""Swapped models under FSDP2, one process on gloo: whole blocks as units run fused, children as units fall back."""
+"""Swapped models under FSDP2 and DDP on gloo: whole blocks as units run fused, children as units fall back.
 
+As a script, `python tests/test_distributed.py FOLDER`: the two processes of `test_two_processes`.
+"""
+
+import copy
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import vlkernels
+from vlkernels import backends
 from vlkernels.testing import meter
+from vlkernels.testing.compare import beside
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -24,10 +33,11 @@ def mesh(tmp_path, device):
     torch.distributed.destroy_process_group()
 
 
-def model_and_loss():
+def model_and_loss(seed=2):
+    """A peft Llama, its numbers exact in bfloat16, and a function to its loss on a batch drawn from `seed`."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4
+        vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
     )
     model = transformers.LlamaForCausalLM(config)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -35,49 +45,153 @@ def model_and_loss():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_()
-    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(2))
-    return model, lambda: model(input_ids=ids, labels=ids).loss
+            p.copy_(p.bfloat16())
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return model, lambda m=model: m(input_ids=ids, labels=ids).loss
 
 
 def step(model, loss):
     model.zero_grad()
-    value = loss()
+    value = loss(model)
     value.backward()
-    return value.detach(), [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-                            for p in model.parameters() if p.grad is not None]  # fmt: skip
+    return value.detach(), {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                            for n, p in model.named_parameters() if p.grad is not None}  # fmt: skip
 
 
-@pytest.mark.parametrize("unit", ["block", "children"])
-def test_fsdp2(unit, mesh):
+def assert_as_exact(where, got, want, exact, dtype=None):
+    """Loss and gradients of `step` by the rule."""
+    assert list(got[1]) == list(want[1])
+    for name, value in {"loss": want[0], **want[1]}.items():
+        values = (r[0] if name == "loss" else r[1][name] for r in (got, exact))
+        error = beside(f"{where}: {name}", next(values), value, next(values), dtype)
+        assert error.ok, str(error)
+
+
+# -- two processes -------------------------------------------------------------------------------------------------
+
+
+def sharded(model, dtype=None):
+    """FSDP2 as accelerate does it: each decoder layer a unit, then the root."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+# how a model is wrapped, and the dtype it then computes in where that is not its own
+WRAPPINGS = {
+    "FSDP2": (sharded, None),
+    "FSDP2 in bfloat16": (lambda model: sharded(model, torch.bfloat16), torch.bfloat16),
+    "DDP": (torch.nn.parallel.DistributedDataParallel, None),
+}
+
+
+def gathered(model):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {name: value.clone() for name, value in state.items()}
+
+
+def two_steps(wrapping, kind, rank):
+    """Losses, gradients and states of one model under one wrapping, on this rank's batch."""
+    wrap = WRAPPINGS[wrapping][0]
+    model, loss = model_and_loss(seed=rank)
+    plain = copy.deepcopy(model.state_dict())
+    if kind == "swapped":
+        vlkernels.swap(model, strict=True)
+    elif kind == "exact":
+        # not rounded, whatever the wrapping computes in
+        model, wrap = model.double(), sharded if "FSDP2" in wrapping else wrap
+    wrapped = wrap(model)
+    before = gathered(wrapped)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    inside = []  # kernels launched in each call of a decoder layer
+    backend = vlkernels.use_backend("triton" if kind == "swapped" else None)
+    with backend, backends.record() as calls, meter.launches() as counts:
+        for layer in model.base_model.model.model.layers:
+            layer.register_forward_pre_hook(lambda *_: inside.append(-counts.total()))
+            layer.register_forward_hook(lambda *_: inside.append(inside.pop() + counts.total()))
+        first = step(wrapped, loss)
+        optimizer.step()
+        second = step(wrapped, loss)
+    states = {"plain": plain, "before": before, "after": gathered(wrapped)}
+    return {"first": first, "second": second, "calls": calls, "inside": inside} | states
+
+
+def one_process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    kinds = [(wrapping, kind) for wrapping in WRAPPINGS for kind in ("stock", "swapped", "exact")]
+    torch.save({key: two_steps(*key, rank) for key in kinds}, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path, device):
+    """FSDP2 and DDP over two processes: fused inside the wrapped layers, and the numbers of the unswapped model."""
+    if device != "cpu":
+        pytest.skip("checked on CPU with gloo")
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for wrapping, (_, dtype) in WRAPPINGS.items():
+        for rank, results in enumerate(ranks):
+            stock, swapped, exact = (results[wrapping, kind] for kind in ("stock", "swapped", "exact"))
+            where = f"{wrapping}, rank {rank}"
+            assert not stock["calls"] and stock["inside"] == [0, 0, 0, 0], where
+            assert {backend for _, backend in swapped["calls"]} == {"triton"}, where
+            # two steps through two layers
+            assert len(swapped["inside"]) == 4 and min(swapped["inside"]) > 0, where
+            for state in (stock["before"], swapped["before"]):
+                assert state.keys() == swapped["plain"].keys(), where
+                assert all(torch.equal(value, swapped["plain"][name]) for name, value in state.items()), where
+            for moment in ("first", "second"):
+                assert_as_exact(where, swapped[moment], stock[moment], exact[moment], dtype)
+            for name, value in stock["after"].items():
+                error = beside(f"{where}: {name}", swapped["after"][name], value, exact["after"][name], dtype)
+                assert error.ok, str(error)
+        first = [results[wrapping, "swapped"]["first"] for results in ranks]
+        assert not torch.equal(first[0][0], first[1][0]), f"{wrapping}: both ranks saw one batch"
+        assert all(torch.equal(first[0][1][name], first[1][1][name]) for name in first[0][1]), wrapping
+
+
+# -- one process ---------------------------------------------------------------------------------------------------
+
+
+def test_fsdp2_with_children_as_units(mesh):
+    """A layer whose children are units of their own runs stock, and the report names the child."""
     from torch.distributed.fsdp import fully_shard
 
     model, loss = model_and_loss()
     want = step(model, loss)
     report = vlkernels.swap(model)
-    layer = model.base_model.model.model.layers[0]
-    if unit == "block":
-        fully_shard(layer, mesh=mesh)
-    else:
-        q = layer.self_attn.q_proj
-        for child in (q.base_layer, q.lora_A["default"], q.lora_B["default"]):
-            fully_shard(child, mesh=mesh)
+    q = model.base_model.model.model.layers[0].self_attn.q_proj
+    for child in (q.base_layer, q.lora_A["default"], q.lora_B["default"]):
+        fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
     with meter.launches() as counts:
         got = step(model, loss)
-    # q and down are fused; q's children as units of their own leave down alone
-    assert counts["lora_down_kernel"] == (2 if unit == "block" else 1)
-    if unit == "children":
-        assert any(e.backend == "stock" and "base_layer" in e.reason for e in report.entries)
-    if unit == "children":
-        assert vlkernels.unswap(model) == 2
-    else:
-        late, _ = model_and_loss()
-        fully_shard(late.base_model.model.model.layers[0].self_attn.q_proj, mesh=mesh)
-        report = vlkernels.swap(late)
-        assert len(report) == 1 and "FSDPLinear, a subclass" in str(report)
-    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
-    for g, w in zip(got[1], want[1], strict=True):
-        assert (g - w).abs().max() <= 64 * torch.finfo(torch.float32).eps * w.abs().max()
+    assert counts
+    reasons = {e.path: e.reason for e in report.entries}
+    assert reasons["base_model.model.model.layers.0.self_attn.q_proj"] == "base_layer is a FSDPLinear"
+    assert vlkernels.unswap(model) >= 4
+    exact = model_and_loss()
+    assert_as_exact("children", got, want, step(exact[0].double(), exact[1]))
+
+
+def test_fsdp2_before_the_swap(mesh):
+    """FSDP2 makes a subclass, which is left: swap first, shard then."""
+    from torch.distributed.fsdp import fully_shard
+
+    late, _ = model_and_loss()
+    fully_shard(late.base_model.model.model.layers[0].self_attn.q_proj, mesh=mesh)
+    report = vlkernels.swap(late)
+    left = [e.path for e in report.entries if "FSDPLinear, a subclass" in e.reason]
+    assert left == ["base_model.model.model.layers.0.self_attn.q_proj"]
+    assert "base_model.model.model.layers.1.self_attn.q_proj" in report.swapped
 
 
 def test_fsdp2_projector(mesh):
@@ -101,3 +215,14 @@ def test_fsdp2_projector(mesh):
             got.sum().backward()
         assert counts["mlp_projector_act_kernel"] == (unit == "projector")
         torch.testing.assert_close(got, want)
+
+
+if __name__ == "__main__":
+    # one import for both processes; at this point there is one thread
+    processes = [torch.multiprocessing.get_context("fork").Process(target=one_process, args=(r, Path(sys.argv[1])))
+                 for r in (0, 1)]  # fmt: skip
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in processes))

@@ -23,6 +23,15 @@ def small_cases(op):
     return [c for c in compare.cases_of(op).CASES if "bench" not in c.tags]
 
 
+def outputs(y) -> tuple[torch.Tensor, ...]:
+    return (y,) if isinstance(y, torch.Tensor) else tuple(y)
+
+
+def gradients(y, leaves, **options) -> tuple[torch.Tensor, ...]:
+    """Of the sum of all outputs."""
+    return torch.autograd.grad(outputs(y), leaves, [torch.ones_like(out) for out in outputs(y)], **options)
+
+
 def rows():
     for op in OPS:
         for case in small_cases(op):
@@ -99,12 +108,11 @@ def test_compiles(op, precision, device):
         leaves = [v for v in kw.values() if isinstance(v, torch.Tensor) and v.requires_grad]
         with meter.launches() as counts:
             y = compiled(kw)
-            grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            grads = gradients(y, leaves)
         assert counts, "no kernel ran"
         plain = call(kw)
-        assert y.dtype == plain.dtype
-        torch.testing.assert_close(y, plain, rtol=0, atol=0)
-        for got, want in zip(grads, torch.autograd.grad(plain, leaves, torch.ones_like(plain)), strict=True):
+        for got, want in zip((*outputs(y), *grads), (*outputs(plain), *gradients(plain, leaves)), strict=True):
+            assert got.dtype == want.dtype
             torch.testing.assert_close(got, want, rtol=0, atol=0)
         # dynamic=True may trace the first call twice, to turn symbolic floats back into constants
         traced = traced or counter.frame_count
@@ -119,8 +127,8 @@ def test_inductor(op, device):
     case = next(c for c in small_cases(op) if "sharp" in c.tags)
     kw = module.inputs(case, Make(PRECISIONS["fp32"], 0, device))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda kw: op(**kw) * 2, fullgraph=True)
-    torch.testing.assert_close(compiled(kw), op(**kw) * 2)
+    call = lambda kw: [out * 2 for out in outputs(op(**kw))]  # noqa: E731
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(kw), call(kw))
 
 
 @pytest.mark.parametrize("op", OPS, ids=repr)
@@ -157,9 +165,9 @@ def test_empty(op, device):
         leaves = {
             k: v.detach().requires_grad_() for k, v in kw.items() if isinstance(v, torch.Tensor) and v.requires_grad
         }
-        y = op(**(kw | leaves), backend=backend)
-        assert y.numel() == 0
-        y.sum().backward()
+        y = outputs(op(**(kw | leaves), backend=backend))
+        assert not any(out.numel() for out in y)
+        sum(out.sum() for out in y).backward()
         for name, leaf in leaves.items():
             assert leaf.grad is not None and leaf.grad.shape == leaf.shape, (backend, name)
             assert not leaf.grad.any(), (backend, name)
@@ -173,8 +181,8 @@ def test_double_backward_refused(op, device):
     kw = module.fewer_rows(module.inputs(case, Make(PRECISIONS["fp32"], 0, device)), 4)
     leaves = [v for v in kw.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     for backend in ("triton", "reference"):
-        y = op(**kw, backend=backend)
-        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        y = outputs(op(**kw, backend=backend))
+        grads = torch.autograd.grad(sum(out.square().sum() for out in y), leaves, create_graph=True)
         second = sum(g.square().sum() for g in grads)
         if backend == "triton":
             with pytest.raises(RuntimeError, match='use_backend\\("reference"\\)'):
@@ -191,15 +199,15 @@ def test_shapes_without_data(op):
     module = compare.cases_of(op)
     case = next(c for c in small_cases(op) if "sharp" in c.tags)
     kw = module.inputs(case, Make(PRECISIONS["bf16"], 0))
-    want = op(**kw, backend="reference")
+    shape = lambda y: [(out.shape, out.dtype, out.stride()) for out in outputs(y)]  # noqa: E731
+    want = shape(op(**kw, backend="reference"))
     meta = op(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in kw.items()}, backend="reference")
-    assert (meta.shape, meta.dtype) == (want.shape, want.dtype)
+    assert shape(meta) == want
     with FakeTensorMode() as mode:
         fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
         for backend in ("reference", "triton"):
             if backends.verdict(op, backend, op.values(**fake)) is None:
-                out = op(**fake, backend=backend)
-                assert (out.shape, out.dtype, out.stride()) == (want.shape, want.dtype, want.stride())
+                assert shape(op(**fake, backend=backend)) == want
 
 
 def counted():
@@ -218,10 +226,10 @@ def test_bytes_moved(op, case):
         kw = module.inputs(case, Make(PRECISIONS[precision]))
         declared = module.bytes_moved(case, itemsize)
         with meter.traffic() as forward:
-            y = op(**kw, backend="triton")
-        dy = torch.randn_like(y)
+            y = outputs(op(**kw, backend="triton"))
+        dy = [torch.randn_like(out) for out in y]
         with meter.traffic() as backward:
-            y.backward(dy)
+            torch.autograd.backward(y, dy)
         for name, measured in (("forward", forward), ("backward", backward)):
             assert abs(measured.moved / declared[name] - 1) < 0.05, (precision, name, measured, declared)
 

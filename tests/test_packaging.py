@@ -159,7 +159,7 @@ def load_setup():
 
 @pytest.fixture
 def setup(monkeypatch):
-    for name in ("VLKERNELS_BUILD", "VLKERNELS_ARCHS", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"):
+    for name in ("VLKERNELS_BUILD", "VLKERNELS_ARCHS", "VLKERNELS_CUTLASS", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     return load_setup()
 
@@ -245,6 +245,32 @@ def test_bad_arch_is_refused(setup, monkeypatch):
     monkeypatch.setenv("VLKERNELS_ARCHS", "90a")
     with pytest.raises(setup.Unavailable, match="VLKERNELS_ARCHS holds '90a'; expected names such as sm_90a"):
         setup.archs()
+
+
+def test_two_source_needs_cutlass_and_sm_90a(setup, monkeypatch, tmp_path):
+    def left_out():
+        files, cutlass, reason = setup.ops_sources()
+        held = [file for file in files if "two_source" in file]
+        assert held == ([] if reason else setup.HOPPER_SOURCES) and (cutlass is None) == (reason is not None)
+        assert len(files) - len(held) == len(setup.OPS_SOURCES) - len(setup.HOPPER_SOURCES)
+        return cutlass or reason
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    assert left_out() == (
+        "CUTLASS's headers were not found (looked for the nvidia-cutlass package; "
+        "VLKERNELS_CUTLASS can name another folder)"
+    )
+    monkeypatch.setenv("VLKERNELS_CUTLASS", str(tmp_path))
+    assert left_out() == f"CUTLASS's headers were not found (looked for VLKERNELS_CUTLASS={tmp_path})"
+    header = tmp_path / "include" / "cute" / "arch" / "mma_sm90_gmma.hpp"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert left_out() == tmp_path / "include"
+    monkeypatch.setenv("VLKERNELS_ARCHS", "sm_80 sm_100")
+    assert left_out() == "sm_90a is not among VLKERNELS_ARCHS"
 
 
 def test_jobs(setup, monkeypatch):

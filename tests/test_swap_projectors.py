@@ -28,7 +28,7 @@ COMMON = {
     "projector_hidden_act": "gelu", "projector_layernorm_eps": 1e-5, "downsample_ratio": 0.5, "downsample_factor": 2,
     "adapter_layer_norm_eps": 1e-6, "alignment_intermediate_size": 64, "projector_use_layernorm": True,
     "projector_bias": True, "projector_hidden_size": 56, "projector_pooling_ratio": 1, "spatial_merge_size": 2,
-    "hidden_size": 24, "out_hidden_size": 40,
+    "hidden_size": 24, "out_hidden_size": 40, "scale_factor": 2,
 }  # fmt: skip
 SHAPES = {
     "InternVLMultiModalProjector": (3, 4, 96),
@@ -41,6 +41,8 @@ SHAPES = {
     "Mistral3MultiModalProjector": (16, 24),
     "Glm4vVisionPatchMerger": (9, 24),
     "Gemma3MultiModalProjector": (2, 36, 24),
+    "Idefics3Connector": (2, 16, 24),
+    "SmolVLMConnector": (2, 16, 24),
 }
 
 
@@ -137,21 +139,131 @@ def test_against_stock(key, dtype, autocast, device):
     check(got, want, exact, autocast or dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_gemma3(dtype, device):
-    """Pool, norm with 1 + weight and the transposed product, against stock; under autocast it is upstream's own."""
+MODES = pytest.mark.parametrize(
+    "dtype, autocast",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)],
+    ids=["fp32", "bf16", "amp"],
+)
+
+
+@MODES
+def test_gemma3(dtype, autocast, device):
+    """Pool, norm with 1 + weight and the transposed product, against stock; autocast changes the product alone."""
     owner = built(table.GEMMA3).to(dtype)
     owner, args = on(device, owner, arguments(owner, dtype))
     exact = run(copy.deepcopy(owner).double(), (args[0].double(),))
-    want = run(owner, args)
+    want = run(owner, args, autocast)
     report = vlkernels.swap(owner)
     assert report.entries[0].backend == "triton", str(report)
     with meter.launches() as counts:
-        got = run(owner, args)
+        got = run(owner, args, autocast)
     assert counts["shuffle_norm_fwd_kernel"] == 2 and counts["shuffle_norm_bwd_kernel"] == 1
+    assert {n: (v.shape, v.dtype) for n, v in got.items()} == {n: (v.shape, v.dtype) for n, v in want.items()}
+    # upstream casts its result back to x's dtype, yet the product is the autocast's
     check(got, want, exact, dtype)
-    with meter.launches() as counts, torch.autocast(device, torch.bfloat16):
-        owner.projector(*args)
+
+
+def test_gemma3_autocast_over_half_precision_features(device):
+    """What a vision tower under autocast hands over: bfloat16 x, float32 parameters."""
+    owner = built(table.GEMMA3)
+    owner, args = on(device, owner, arguments(owner, torch.bfloat16))
+    exact = run(copy.deepcopy(owner).double(), (args[0].double(),))
+    want = run(owner, args, torch.bfloat16)
+    vlkernels.swap(owner)
+    with meter.launches() as counts:
+        got = run(owner, args, torch.bfloat16)
+    assert counts["shuffle_norm_fwd_kernel"] == 2
+    assert {n: v.dtype for n, v in got.items()} == {n: v.dtype for n, v in want.items()}
+    check(got, want, exact, torch.bfloat16)
+
+
+# -- a shuffle and one linear --------------------------------------------------------------------------------------
+
+CONNECTORS = pytest.mark.parametrize("key", list(table.CONNECTORS), ids=lambda k: k.partition(":")[2])
+
+
+@CONNECTORS
+@MODES
+def test_connectors_are_stock_in_every_bit(key, dtype, autocast, device):
+    """The same result and gradients from one copy instead of two each way, and no more is kept."""
+    owner = built(key).to(dtype)
+    owner, args = on(device, owner, arguments(owner, dtype))
+
+    def copies():
+        with meter.traffic() as traffic:
+            found = run(owner, args, autocast)
+        kept = meter.saved_bytes(lambda: owner.projector(args[0].clone().requires_grad_()), apart=owner.parameters())
+        return found, traffic.launches["aten::clone"] - 1, kept  # run() copies one gradient
+
+    want, before, kept_before = copies()
+    report = vlkernels.swap(owner)
+    assert len(report) == 1 and "one copy for the shuffle" in report.entries[0].reason, str(report)
+    got, after, kept = copies()
+    assert all(torch.equal(got[n], want[n]) and got[n].dtype == want[n].dtype for n in want)
+    assert (before, after) == (4, 2) and kept <= kept_before
+
+
+@CONNECTORS
+def test_connectors_on_forced_backends(key, device):
+    owner = built(key)
+    owner, args = on(device, owner, arguments(owner))
+    exact = run(copy.deepcopy(owner).double(), (args[0].double(),))
+    want = run(owner, args)
+    vlkernels.swap(owner)
+    for backend in ("reference", "triton"):
+        with vlkernels.use_backend(backend):
+            check(run(owner, args), want, exact, torch.float32)
+
+
+@CONNECTORS
+def test_connectors_leave_to_upstream_what_is_not_theirs(key, device):
+    """A grid that is no square, a LoRA or a hook on the layer, keyword arguments; and one graph under compile."""
+    peft = pytest.importorskip("peft")
+    owner = built(key)
+    owner, (x,) = on(device, owner, arguments(owner))
+    want = owner.projector(x)
+    vlkernels.swap(owner)
+    torch._dynamo.reset()
+    compiled = torch.compile(owner.projector, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), want)
+    assert torch.equal(owner.projector(image_hidden_states=x), want)
+    for bad in (torch.randn(2, 15, 24), torch.randn(2, 16, 20), torch.randn(2, 9, 24)):
+        with pytest.raises(RuntimeError):
+            owner.projector(bad.to(device))
+    seen = []
+    handle = owner.projector.modality_projection.proj.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(owner.projector(x), want) and seen
+    handle.remove()
+    lora = peft.LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False)
+    model = peft.get_peft_model(owner, lora)
+    report = vlkernels.swap(model, include="*projector")
+    entry = next(e for e in report.entries if e.path.endswith("projector"))
+    assert entry.backend == "stock" and "modality_projection.proj is a Linear" in entry.reason
+    changed = model.base_model.model.projector(x)
+    assert not torch.equal(changed, want)
+    vlkernels.unswap(model)
+    assert torch.equal(model.base_model.model.projector(x), changed)
+
+
+def test_plain_linear_projectors_are_reported(device):
+    owner = nn.Module()
+    config = Config(vision_config=Config(hidden_size=8, projection_dim=12))
+    owner.projector = original("paligemma.modeling_paligemma:PaliGemmaMultiModalProjector")(config)
+    report = vlkernels.swap(owner)
+    assert not report and "one linear layer" in str(report) and "nothing to fuse" in str(report)
+
+
+@pytest.mark.parametrize("key", ["vipllava.modeling_vipllava:VipLlavaMultiModalProjector", table.GEMMA3])
+def test_a_norm_too_wide_for_kernels_is_reported_as_stock(key, device):
+    owner = nn.Module()
+    vision = Config(hidden_size=8200, layer_norm_eps=1e-6, image_size=12, patch_size=2)
+    config = Config(**(COMMON | {"vision_config": vision, "mm_tokens_per_image": 4}))
+    owner.projector = original(key)(config)
+    report = vlkernels.swap(owner.to(device))
+    entry = report.entries[0]
+    assert entry.backend == "reference" and "8200 channels to normalise" in entry.reason, str(report)
+    with meter.launches() as counts:
+        owner.projector(torch.randn(SHAPES["Gemma3MultiModalProjector"][:2] + (8200,), device=device)[:1])
     assert not counts
 
 

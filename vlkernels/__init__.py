@@ -2,18 +2,25 @@
 
 from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
-from .modules import LoRALinear
+from .modules import DoRALinear, LoRALinear
+from .ops.dora_linear import dora_linear
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
+from .ops.lora_mlp import lora_mlp
+from .ops.lora_qkv import lora_qkv
 from .ops.mlp_projector import mlp_projector
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendRefused",
+    "DoRALinear",
     "LoRALinear",
+    "dora_linear",
     "explain",
     "linear_projector",
     "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "mlp_projector",
     "swap",
     "unswap",

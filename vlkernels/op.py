@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -41,11 +41,13 @@ class Op:
 
     saves: names of the arguments and residuals that backward needs, residuals last. Every argument that can get a
         gradient must be among them (its shape is needed); a parameter costs nothing there.
+    like: arguments that are not kept: their gradient has shape and dtype of the gradient of output number like[name].
     """
 
-    def __init__(self, module: str, saves: tuple[str, ...]):
+    def __init__(self, module: str, saves: tuple[str, ...], like: Mapping[str, int] | None = None):
         self.name = module.rpartition(".")[2]
         self.saves = saves
+        self.like = like or {}
         self.reference = importlib.import_module(module + ".reference")
         self.__doc__ = self.reference.forward.__doc__
         signature = inspect.signature(self.reference.forward, eval_str=True)
@@ -173,9 +175,10 @@ class Op:
 
     def _backward_fake(self, *values):
         *values, needs, _ = values
-        saved = dict(zip(self.saves, values[self.outputs :], strict=False))
+        shapes = dict(zip(self.saves, values[self.outputs :], strict=False))
+        shapes |= {name: values[output] for name, output in self.like.items()}
         return [
-            torch.empty_like(saved[name], memory_format=torch.contiguous_format)
+            torch.empty_like(shapes[name], memory_format=torch.contiguous_format)
             for name, need in zip(self.names, needs, strict=True)
             if need
         ]

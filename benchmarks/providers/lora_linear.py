@@ -1,4 +1,7 @@
-"""lora_linear beside stock peft, plain PyTorch, torch.compile, and peers where they are importable."""
+"""lora_linear beside stock peft, plain PyTorch, torch.compile, and peers where they are importable.
+
+On a 4-bit case the baselines hold the dequantised weight: what the same layer costs without quantisation.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlkernels.ops import _nf4
 from vlkernels.testing.case import Case, Precision
 
 from . import Instance, Provider, Unavailable, autocast, frozen_of, leaves_of
@@ -25,10 +29,20 @@ def plain(x, weight, a, b, bias, lora_bias, scale: float, p: float, low: torch.d
     return y if low is None else y.to(x.dtype)
 
 
+def dense(kw: dict) -> dict:
+    """The arguments with a weight (N, K) of floats in place of a packed one."""
+    if kw["quant"] is None:
+        return kw
+    shape = kw["b"].shape[0], kw["a"].shape[1]
+    weight = _nf4.dequantize(kw["weight"], kw["quant"], shape, kw["blocksize"], kw["quant_dtype"], kw["x"].dtype)
+    return kw | {"weight": weight, "quant": None}
+
+
 def _plain(function):
     def build(case: Case, kw: dict, precision: Precision) -> Instance:
         if kw["base"] is not None:
             raise Unavailable("plain PyTorch is written for one adapter over its layer")
+        kw = dense(kw)
         rest = {name: kw[name] for name in ("x", "weight", "a", "b", "bias", "lora_bias", "scale", "p")}
         low = None if precision.autocast or kw["a"].dtype == kw["x"].dtype else kw["a"].dtype
 
@@ -58,6 +72,7 @@ def peft_layer(case: Case, kw: dict) -> nn.Sequential:
         raise Unavailable(f"peft is not importable: {error}") from None
     if kw["base"] is not None:
         raise Unavailable("a second adapter is no layer of its own")
+    kw = dense(kw)
     rank, width = kw["a"].shape
     base = nn.Linear(width, kw["b"].shape[0], bias=kw["bias"] is not None, device=kw["x"].device, dtype=kw["x"].dtype)
     base.weight = nn.Parameter(kw["weight"].detach(), requires_grad=kw["weight"].requires_grad)
@@ -108,6 +123,7 @@ def _frozen(case: Case, kw: dict, precision: Precision) -> Instance:
     """The frozen layer alone: no adapter makes it faster."""
     if kw["base"] is not None:
         raise Unavailable("there is no plain layer")
+    kw = dense(kw)
 
     def forward() -> Tensor:
         with autocast(kw, precision):
@@ -120,6 +136,8 @@ def _frozen(case: Case, kw: dict, precision: Precision) -> Instance:
 def _peer_refusals(kw: dict, precision: Precision, dropout: bool) -> None:
     if kw["base"] is not None or kw["bias"] is not None or kw["lora_bias"] is not None:
         raise Unavailable("takes no bias and no second adapter")
+    if kw["quant"] is not None:
+        raise Unavailable("is called here with a dense weight only")
     if kw["p"] and not dropout:
         raise Unavailable("its fused path takes dropout 0 only")
     if precision.compute == torch.float32:

@@ -1,24 +1,7 @@
-// The torch border of csrc over CPU tensors: is_cuda() asks is_cpu(), and there is no device or stream to choose.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-namespace torch::stable::accelerator {
-struct HostGuard {
-  explicit HostGuard(int32_t) {}
-};
-}  // namespace torch::stable::accelerator
-
-#define is_cuda is_cpu
-#define DeviceGuard HostGuard
+#include "torch_host.h"
 
 #include "common/philox.cuh"
 #include "lora_linear/lora_linear_torch.cpp"
-
-extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
 
 extern "C" void emulated_philox(const uint32_t* counter, uint32_t key0, uint32_t key1, uint32_t* words) {
   vlk::Philox4 c;

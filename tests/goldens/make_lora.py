@@ -1,6 +1,7 @@
-"""Writes the goldens `lora_*__own.safetensors` of this folder by running peft: `python tests/goldens/make_lora.py`.
+"""Writes the goldens CASES of this folder by running peft: `python tests/goldens/make_lora.py`.
 
-They cover what the public files leave out: adapter biases, three adapters, rsLoRA on Conv1D.
+They cover what the public files leave out: adapter biases, three adapters, several on Conv1D, ranks above 64 and above
+both widths, x of one and of four dimensions, embeddings.
 """
 
 import copy
@@ -40,16 +41,71 @@ CASES = {
         "x": [3, 4, 15],
         "adapters": {"default": {"r": 6, "lora_alpha": 3, "use_rslora": True}},
     },
+    # more than one tile of the rank, more than either width
+    "lora_linear_r72__own": {
+        "in": 20,
+        "out": 26,
+        "bias": False,
+        "x": [2, 3, 2, 20],
+        "adapters": {"default": {"r": 72, "lora_alpha": 16}},
+    },
+    "lora_linear_1d_rslora_bias__own": {
+        "in": 19,
+        "out": 9,
+        "bias": True,
+        "x": [19],
+        "adapters": {"default": {"r": 3, "lora_alpha": 2.5, "use_rslora": True, "lora_bias": True}},
+    },
+    "lora_conv1d_two_adapters__own": {
+        "in": 18,
+        "out": 35,
+        "base": "conv1d",
+        "x": [2, 2, 3, 18],
+        "adapters": {
+            "a": {"r": 5, "lora_alpha": 2, "lora_bias": True},
+            "b": {"r": 33, "lora_alpha": 12, "use_rslora": True},
+        },
+    },
+    "lora_embedding_r4__own": {
+        "in": 23,
+        "out": 14,
+        "base": "embedding",
+        "x": [3, 7],
+        "adapters": {"default": {"r": 4, "lora_alpha": 6}},
+    },
+    "lora_embedding_two_adapters__own": {
+        "in": 17,
+        "out": 10,
+        "base": "embedding",
+        "x": [11],
+        "adapters": {"a": {"r": 1, "lora_alpha": 3}, "b": {"r": 12, "lora_alpha": 5, "use_rslora": True}},
+    },
+    "dora_embedding_three_adapters__own": {
+        "in": 19,
+        "out": 12,
+        "base": "embedding",
+        "x": [2, 5],
+        "adapters": {
+            "a": {"r": 3, "lora_alpha": 4, "use_dora": True},
+            "b": {"r": 2, "lora_alpha": 1},
+            "c": {"r": 5, "lora_alpha": 2, "use_rslora": True, "use_dora": True},
+        },
+    },
 }
 
 
 def layer_of(hp: dict) -> nn.Module:
     """peft's layer with all adapters active and every parameter random and trainable."""
-    conv1d = hp.get("base") == "conv1d"
-    base = Conv1D(hp["out"], hp["in"]) if conv1d else nn.Linear(hp["in"], hp["out"], bias=hp["bias"])
+    kind = hp.get("base", "linear")
+    if kind == "conv1d":
+        base = Conv1D(hp["out"], hp["in"])
+    elif kind == "embedding":
+        base = nn.Embedding(hp["in"], hp["out"])
+    else:
+        base = nn.Linear(hp["in"], hp["out"], bias=hp["bias"])
     model = nn.ModuleDict({"layer": base})
     for name, options in hp["adapters"].items():
-        config = peft.LoraConfig(target_modules=["layer"], fan_in_fan_out=conv1d, **options)
+        config = peft.LoraConfig(target_modules=["layer"], fan_in_fan_out=kind == "conv1d", **options)
         peft.inject_adapter_in_model(config, model, name)
     layer = model["layer"]
     layer.set_adapter(list(hp["adapters"]))
@@ -62,7 +118,11 @@ def layer_of(hp: dict) -> nn.Module:
 def write(case: str, hp: dict, seed: int) -> None:
     torch.manual_seed(seed)
     layer = layer_of(hp)
-    x = torch.randn(hp["x"], requires_grad=True)
+    kind = hp.get("base", "linear")
+    if kind == "embedding":
+        key, x = "ids", torch.randint(hp["in"], hp["x"])
+    else:
+        key, x = "x", torch.randn(hp["x"], requires_grad=True)
     y = layer(x)
     cot = torch.randn_like(y)
     (y * cot).sum().backward()
@@ -71,19 +131,21 @@ def write(case: str, hp: dict, seed: int) -> None:
     outputs = {"y": y, "merged_weight": merged.base_layer.weight}
     outputs |= {f"delta_weight.{name}": layer.get_delta_weight(name) for name in hp["adapters"]}
 
-    tensors = {"in.x": x, "grad_in.x": x.grad, "cot.y": cot}
+    tensors = {f"in.{key}": x, "cot.y": cot}
+    if x.grad is not None:
+        tensors["grad_in.x"] = x.grad
     tensors |= {f"out.{name}": value for name, value in outputs.items()}
     tensors |= {f"param.{name}": value for name, value in layer.state_dict().items()}
     tensors |= {f"grad_param.{name}": parameter.grad for name, parameter in layer.named_parameters()}
     metadata = {
         "case": case,
-        "module": "lora.conv1d" if hp.get("base") == "conv1d" else "lora.linear",
+        "module": f"{case.partition('_')[0]}.{kind}",
         "kind": "lora_linear",
         "set": "own",
         "upstream": "huggingface/peft",
         "commit": peft.__version__,
         "source_file": "peft/tuners/lora/layer.py",
-        "class": "layer.Linear",
+        "class": "layer.Embedding" if kind == "embedding" else "layer.Linear",
         "hyperparameters": json.dumps(hp),
         "no_cotangent": json.dumps(sorted(set(outputs) - {"y"})),
         "seed": str(seed),

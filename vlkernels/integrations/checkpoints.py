@@ -21,6 +21,34 @@ _LORA = (
     ("lora_B.{adapter}.bias", "adapters.{adapter}.bias"),
 )
 
+_LORA_EMBEDDING = (
+    ("base_layer.weight", "weight"),
+    ("lora_embedding_A.{adapter}", "adapters.{adapter}.a"),
+    ("lora_embedding_B.{adapter}", "adapters.{adapter}.b"),
+)
+_MAGNITUDE = ("lora_magnitude_vector.{adapter}.weight", "adapters.{adapter}.magnitude")
+_DORA = (*_LORA, _MAGNITUDE)
+# bitsandbytes functional.py, class QuantState, below peft's base_layer
+_QLORA = (
+    *_LORA,
+    *((f"base_layer.weight.{n}", f"weight.{n}") for n in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+    ("base_layer.weight.quant_state.bitsandbytes__{type}", "weight.quant_state.bitsandbytes__{type}"),
+)
+# what a saved adapter may hold
+_LORA_SAVED = (
+    *_LORA,
+    *_LORA_EMBEDDING[1:],
+    ("lora_magnitude_vector.{adapter}", "adapters.{adapter}.magnitude"),  # a saved file has it without .weight
+)
+
+
+# a projection with an adapter, and one without
+_PROJECTION = (*_LORA, ("weight", "weight"), ("bias", "bias"))
+
+
+def _below(prefix: str, rows: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((prefix + their, prefix + our) for their, our in rows)
+
 
 def _both(*names: str) -> tuple[tuple[str, str], ...]:
     """`weight` and `bias` of modules that both call alike."""
@@ -41,6 +69,19 @@ _LLAVA = (
 KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "lora.linear": _LORA,  # peft tuners/lora/layer.py
     "lora.conv1d": _LORA,  # our weight keeps Conv1D's (in, out) layout
+    "dora.linear": _DORA,  # peft tuners/lora/dora.py
+    "dora.conv1d": _DORA,
+    "dora.mlp": tuple((f"{{layer}}.{their}", f"{{layer}}.{our}") for their, our in _DORA),
+    "qlora.linear": _QLORA,
+    "dora.embedding": (*_LORA_EMBEDDING, _MAGNITUDE),
+    "lora.embedding": _LORA_EMBEDDING,  # our weight keeps the embedding's (V, D) layout
+    "lora.mlp": _below("{layer}.", _PROJECTION),  # transformers models/llama/modeling_llama.py with peft's layers
+    "lora.attention": _below("{layer}.", _PROJECTION),
+    "lora.llama_layer": (
+        *_below("{block}.{layer}.", _PROJECTION),
+        ("input_layernorm.weight", "input_layernorm.weight"),
+        ("post_attention_layernorm.weight", "post_attention_layernorm.weight"),
+    ),
     "dense.llava_projector": _LLAVA,  # below model.mm_projector.
     "dense.llava_next_mlp_res": _LLAVA,
     "dense.llava_next_pooler": _both("conv_pool") + _layers(proj="proj.1"),
@@ -106,13 +147,14 @@ def load_peft_adapter(
     adapter: str = "default",
     path: Callable[[str], str] | None = None,
 ) -> list[str]:
-    """Load peft's saved adapter (`adapter_model.safetensors`) into the `LoRALinear` layers of `model`.
+    """Load peft's saved adapter (`adapter_model.safetensors`) into the LoRALinear and LoRAEmbedding layers of `model`.
 
-    The file's keys are `base_model.model.<path>.lora_A.weight` and so on, without the adapter's name.
+    The file's keys are `base_model.model.<path>.lora_A.weight`, `base_model.model.<path>.lora_embedding_A` and so on,
+    without the adapter's name.
 
     Args:
-        model: a model whose layers at the file's paths are LoRALinear with an adapter of this name; or one LoRALinear,
-            for a file that holds one layer.
+        model: a model whose layers at the file's paths are ours with an adapter of this name; or one such layer, for a
+            file that holds one layer.
         adapter: our adapter's name.
         path: from a path in the file to the layer's path in `model`, where they differ.
 
@@ -156,15 +198,15 @@ def load_peft_adapter(
 def split_peft_adapter(state_dict: Mapping[str, Tensor], adapter: str = "default") -> dict[str, dict[str, Tensor]]:
     """A saved peft adapter as {layer path: {our name: tensor}}; the file drops the adapter's name, `adapter` is put in.
 
-    Raises ValueError for a key that is no LoRA parameter of a linear layer.
+    Raises ValueError for a key that is no LoRA parameter of a linear or embedding layer.
     """
-    short = [(theirs.replace(".{adapter}", ""), theirs.format(adapter=adapter)) for theirs, _ in _LORA]
+    short = [(theirs.replace(".{adapter}", ""), theirs.format(adapter=adapter)) for theirs, _ in _LORA_SAVED]
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         for ending, live in short:
             if key.startswith("base_model.model.") and key.endswith("." + ending):
                 layer = key.removeprefix("base_model.model.").removesuffix("." + ending)
-                layers.setdefault(layer, {}).update(to_ours("lora.linear", {live: value}))
+                layers.setdefault(layer, {})[_renamed(live, _LORA_SAVED)[0]] = value
                 break
         else:
             known = ", ".join(f"base_model.model.<path>.{ending}" for ending, _ in short)

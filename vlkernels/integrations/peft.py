@@ -9,7 +9,10 @@ from torch import nn
 
 from .. import backends
 from ..modules._children import child_problem
+from ..op import Op
+from ..ops.dora_linear import dora_linear
 from ..ops.lora_linear import lora_linear
+from . import peft_dora
 from .swap import finished, training_backend
 
 
@@ -19,40 +22,65 @@ def linear_class(original: type) -> type:
     conv1d = _conv1d_class()
 
     class Linear(original):
-        """peft's lora.Linear; base product and low-rank branch through the op lora_linear where the layer allows it."""
+        """peft's lora.Linear; base product and adapter through lora_linear or dora_linear where the layer allows it."""
+
+        _vlkernels_given = None  # (x, y) that a swapped attention block computed for this layer, during its call
 
         def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            given = self._vlkernels_given
+            if given is not None and given[0] is x:
+                return given[1]
             plain_call = not args and all(value is None for value in kwargs.values())
             if not plain_call or self._vlkernels_problem(x.dtype) is not None:
                 return super().forward(x, *args, **kwargs)
             y = None
             for name in self._vlkernels_adapters():
-                values = self._vlkernels_values(x, name, y)
-                backend = backends.choose(lora_linear, values)
+                op, values = self._vlkernels_values(x, name, y)
+                backend = backends.choose(op, values)
                 if y is None and backend == "reference":
                     return super().forward(x)
-                y = lora_linear.run(values, backend)
+                y = op.run(values, backend)
             return y
 
         def _vlkernels_adapters(self) -> list[str]:
             return [name for name in self.active_adapters if name in self.lora_A]
 
-        def _vlkernels_values(self, x: torch.Tensor, name: str, y: torch.Tensor | None) -> tuple:
-            """Arguments of lora_linear for one adapter: over the base layer, or over the output y so far."""
+        def _vlkernels_values(self, x: torch.Tensor, name: str, y: torch.Tensor | None) -> tuple[Op, tuple]:
+            """(op, its arguments) for one adapter: over the base layer, or over the output y so far."""
+            arguments = self._vlkernels_arguments(name)
+            if name in self.lora_variant:
+                return dora_linear, peft_dora.values(self, x, name, arguments)
+            if y is not None:
+                arguments |= {"weight": None, "bias": None, "base": y}
+            return lora_linear, lora_linear.values(x=x, **arguments)
+
+        def _vlkernels_arguments(self, name: str) -> dict:
+            """Arguments of lora_linear besides x, for one adapter over the base layer."""
             base, dropout, b = self.base_layer, self.lora_dropout[name], self.lora_B[name]
             weight = base.weight if type(base) is nn.Linear else base.weight.t()
-            return lora_linear.values(
-                x,
-                weight if y is None else None,
-                self.lora_A[name].weight,
-                b.weight,
-                bias=base.bias if y is None else None,
-                lora_bias=b.bias,
-                base=y,
-                scale=self.scaling[name],
-                p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-                dtype=weight.dtype if self.__dict__.get("_vlkernels_compute") == "base" else None,
-            )
+            return {
+                "weight": weight,
+                "a": self.lora_A[name].weight,
+                "b": b.weight,
+                "bias": base.bias,
+                "lora_bias": b.bias,
+                "scale": self.scaling[name],
+                "p": dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+                "dtype": weight.dtype if self.__dict__.get("_vlkernels_compute") == "base" else None,
+            }
+
+        def vlkernels_group_values(self, x: torch.Tensor) -> tuple[dict, float] | str:
+            """(arguments of a group op for the active adapter, its dropout), or why this layer runs by itself."""
+            reason = self._vlkernels_problem(x.dtype)
+            if reason is not None:
+                return reason
+            names = self._vlkernels_adapters()
+            if len(names) != 1:
+                return f"{len(names)} adapters are active"
+            if names[0] in self.lora_variant:
+                return f"adapter {names[0]!r} is a {type(self.lora_variant[names[0]]).__name__}"
+            arguments = self._vlkernels_arguments(names[0])
+            return arguments, arguments.pop("p")
 
         def _vlkernels_problem(self, dtype: torch.dtype) -> str | None:
             """Why a call with x in `dtype` must take peft's own forward, or None."""
@@ -72,13 +100,12 @@ def linear_class(original: type) -> type:
             if not names:
                 return "no active adapter on this layer"
             for name in names:
-                if name in self.lora_variant:
-                    return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
                 dropout = self.lora_dropout[name]
                 reason = (
                     child_problem("lora_A", self.lora_A[name], (nn.Linear,))
                     or child_problem("lora_B", self.lora_B[name], (nn.Linear,))
                     or child_problem("lora_dropout", dropout, (nn.Dropout, nn.Identity))
+                    or (peft_dora.problem(self, name, len(names)) if name in self.lora_variant else None)
                 )
                 if reason is not None:
                     return reason
@@ -98,7 +125,7 @@ def linear_class(original: type) -> type:
                 return training_backend(lora_linear, problem)
             name = self._vlkernels_adapters()[0]
             rows = torch.empty((1024, self.lora_A[name].weight.shape[1]), dtype=weight.dtype, device=weight.device)
-            return training_backend(lora_linear, self._vlkernels_values(rows, name, None))
+            return training_backend(*self._vlkernels_values(rows, name, None))
 
         def vlkernels_configure(self, lora_compute: str = "peft", **_) -> None:
             if lora_compute == "peft":

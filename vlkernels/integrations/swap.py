@@ -22,6 +22,7 @@ from .. import backends
 # before a model holds an instance. transformers' projectors are listed in integrations/transformers.py.
 TARGETS: dict[str, str] = {
     "peft.tuners.lora.layer:Linear": "vlkernels.integrations.peft:linear_class",
+    "peft.tuners.lora.bnb:Linear4bit": "vlkernels.integrations.peft_bnb:linear4bit_class",
 }
 
 # Modules that users expect to see swapped and that stay as they are, with the reason.
@@ -29,9 +30,11 @@ LEFT: dict[str, str] = {
     "peft.tuners.lora.layer:Embedding": "LoRA on embeddings has no fused kernel",
     "peft.tuners.lora.layer:Conv1d": "LoRA on convolutions has no fused kernel",
     "peft.tuners.lora.layer:Conv2d": "LoRA on convolutions has no fused kernel",
+    "peft.tuners.lora.layer:Conv3d": "LoRA on convolutions has no fused kernel",
     "peft.tuners.lora.layer:MultiheadAttention": "LoRA on nn.MultiheadAttention has no fused kernel",
-    "peft.tuners.lora.bnb:Linear4bit": "QLoRA's 4-bit base has no fused kernel yet",
     "peft.tuners.lora.bnb:Linear8bitLt": "an 8-bit base has no fused kernel",
+    # every other kind, quantised bases and parameters without a module among them
+    "peft.tuners.lora.layer:LoraLayer": "this kind of LoRA layer has no fused kernel",
 }
 
 
@@ -112,6 +115,7 @@ def swap(
     exclude: str | Iterable[str] | None = None,
     lora_compute: str = "peft",
     projector_level: int = 0,
+    fuse_norms: bool = False,
     strict: bool = False,
 ) -> Report:
     """Give the model's known modules their fused forward, in place; `unswap` gives the original back.
@@ -126,6 +130,8 @@ def swap(
         lora_compute: "peft" computes the low-rank branch in peft's dtypes (float32 adapters over a bf16 base: float32);
             "base" computes it in the base weight's dtype.
         projector_level: 0 keeps a projector's first product for backward, 1 recomputes it.
+        fuse_norms: swap decoder layers with adapters too: their RMSNorms and second residual go into the ops of the
+            attention and feed-forward blocks, and the normalised states are no longer kept for backward.
         strict: raise LookupError when nothing was swapped.
 
     Returns: a Report; `print(report)` shows what was swapped, what was not, and why.
@@ -137,6 +143,8 @@ def swap(
     if projector_level not in (0, 1):
         raise ValueError(f"projector_level is {projector_level!r}; accepted: 0, 1")
     options = {"lora_compute": lora_compute, "projector_level": projector_level}
+    from . import blocks
+
     targets, left = registry()
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     found: list[tuple[str, str, str | None]] = []
@@ -146,11 +154,12 @@ def swap(
             continue
         seen.add(id(module))
         if (original := _original(module)) is not None:
-            found.append((path, _dotted(original), None))
+            if not getattr(module, "vlkernels_part", False):
+                found.append((path, _dotted(original), None))
             module.vlkernels_configure(**options)
             continue
         known = next((cls for cls in type(module).__mro__ if class_key(cls) in targets or class_key(cls) in left), None)
-        if known is None:
+        if known is None or not blocks.wanted(module, known, fuse_norms):
             continue
         reason = left.get(class_key(known))
         if reason is None and known is not type(module):
@@ -213,11 +222,13 @@ def set_class(module: nn.Module, cls: type) -> str | None:
 
 def registry() -> tuple[dict[str, str], dict[str, str]]:
     """(what can be swapped, what is left with a reason), by "module:Class"."""
+    from . import blocks
     from . import transformers as projectors
 
     prefix = "transformers.models."
-    keys = (*projectors.ROWS, projectors.GEMMA3)
-    fused = dict.fromkeys((prefix + key for key in keys), f"{projectors.__name__}:projector_class")
+    fused = dict.fromkeys((prefix + key for key in projectors.KEYS), f"{projectors.__name__}:projector_class")
+    for keys, function in ((blocks.ATTENTION, "attention"), (blocks.MLP, "mlp"), (blocks.LAYERS, "layer")):
+        fused |= dict.fromkeys((prefix + key for key in keys), f"{blocks.__name__}:{function}_class")
     return TARGETS | fused, LEFT | {prefix + key: reason for key, reason in projectors.LEFT.items()}
 
 

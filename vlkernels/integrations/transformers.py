@@ -1,7 +1,8 @@
 """transformers' multimodal projectors and patch mergers with a fused forward: one family, a row a class.
 
 Every row is [shuffle or merge] -> [norm] -> linear -> activation -> linear; it says under which names the class keeps
-the parts, and how its input becomes mlp_projector's and mlp_projector's output its own.
+the parts, and how its input becomes mlp_projector's and mlp_projector's output its own. Those of one linear with a
+shuffle (CONNECTORS) or a norm (GEMMA3) run linear_projector.
 """
 
 from __future__ import annotations
@@ -127,11 +128,21 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-# Projectors in which mlp_projector's form does not occur.
+GEMMA3 = "gemma3.modeling_gemma3:Gemma3MultiModalProjector"
+
+# Classes of a pixel shuffle by `scale_factor` and one linear layer: where they keep it.
+CONNECTORS: dict[str, str] = {
+    "idefics3.modeling_idefics3:Idefics3Connector": "modality_projection.proj",
+    "smolvlm.modeling_smolvlm:SmolVLMConnector": "modality_projection.proj",
+}
+KEYS = (*ROWS, GEMMA3, *CONNECTORS)
+
+PLAIN_LINEAR = "one linear layer without norm, shuffle or position: a single product already, nothing to fuse"
+
+# Projectors in which neither op's form occurs.
 LEFT: dict[str, str] = {
-    "paligemma.modeling_paligemma:PaliGemmaMultiModalProjector": "one linear layer: nothing to fuse",
-    "idefics3.modeling_idefics3:Idefics3Connector": "a shuffle and one linear layer: nothing to fuse",
-    "smolvlm.modeling_smolvlm:SmolVLMConnector": "a shuffle and one linear layer: nothing to fuse",
+    "paligemma.modeling_paligemma:PaliGemmaMultiModalProjector": PLAIN_LINEAR,
+    "llama4.modeling_llama4:Llama4MultiModalProjector": PLAIN_LINEAR,
 }
 
 
@@ -163,10 +174,13 @@ def _one_dtype(parts: dict) -> str | None:
 
 @functools.cache
 def projector_class(original: type) -> type:
-    """The static subclass of one of ROWS' classes, or of GEMMA3, that swapped projectors get."""
-    if class_key(original) == f"transformers.models.{GEMMA3}":
+    """The static subclass of a class of KEYS that swapped projectors get."""
+    key = class_key(original).removeprefix("transformers.models.")
+    if key == GEMMA3:
         return _gemma3_class(original)
-    row = ROWS[class_key(original).removeprefix("transformers.models.")]
+    if key in CONNECTORS:
+        return _connector_class(original, CONNECTORS[key])
+    row = ROWS[key]
     acts = _acts()
 
     class Fused(original):
@@ -247,10 +261,15 @@ def projector_class(original: type) -> type:
             parts = self._vlkernels_parts()
             if isinstance(parts, str):
                 return training_backend(mlp_projector, parts)
-            rows = torch.empty((2, parts["w1"].shape[1]), dtype=parts["w1"].dtype, device=parts["w1"].device)
-            # the plain form decides alike: shuffle and merge are refused for no device or dtype
-            plain = {k: v for k, v in parts.items() if not k.startswith("norm") and k != "eps"}
-            return training_backend(mlp_projector, mlp_projector.values(rows, **plain, gated=row.gated))
+            w1 = parts["w1"]
+            # as after the shuffle, which no kernel refuses by itself; a norm over fewer channels than w1 takes is
+            # one before a merge
+            channels = parts["norm_weight"].shape[0] if parts.get("norm_weight") is not None else w1.shape[1]
+            merge = w1.shape[1] // channels
+            if merge * channels != w1.shape[1]:
+                return training_backend(mlp_projector, f"{row.norm} has {channels} channels, w1 {w1.shape[1]}")
+            x = torch.empty((merge, channels), dtype=w1.dtype, device=w1.device)
+            return training_backend(mlp_projector, mlp_projector.values(x, **parts, gated=row.gated, merge=merge))
 
         def vlkernels_configure(self, projector_level: int = 0, **_) -> None:
             if projector_level == 0:
@@ -259,9 +278,6 @@ def projector_class(original: type) -> type:
                 self._vlkernels_level = projector_level
 
     return finished(Fused, original, __name__)
-
-
-GEMMA3 = "gemma3.modeling_gemma3:Gemma3MultiModalProjector"
 
 
 def _gemma3_class(original: type) -> type:
@@ -292,13 +308,16 @@ def _gemma3_class(original: type) -> type:
                 return reason
             if type(weight) is not nn.Parameter:
                 return f"mm_input_projection_weight is a {type(weight).__name__}"
-            if norm.weight.dtype != weight.dtype:
+            # under autocast pool and norm keep x's dtype with float32 inside, and the product alone changes it: the
+            # kernel reads x and the norm's weight as they are and rounds once, to the product's dtype
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if norm.weight.dtype != weight.dtype and not autocast:
                 return f"mm_soft_emb_norm is {norm.weight.dtype}, the weight {weight.dtype}"
             tokens = (self.tokens_per_side * self.kernel_size) ** 2
             if x.dim() != 3 or x.shape[1] != tokens or not x.is_contiguous():
                 return f"an input of shape {tuple(x.shape)}"
-            if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-                return f"x is {x.dtype} over a {weight.dtype} weight, or autocast is on"
+            if x.dtype != weight.dtype and not autocast:
+                return f"x is {x.dtype} over a {weight.dtype} weight without autocast"
             return linear_projector.values(
                 x, weight.t(), norm_weight=norm.weight, norm="rms", eps=norm.eps, norm_offset=1.0
             )
@@ -316,10 +335,63 @@ def _gemma3_class(original: type) -> type:
     return finished(Fused, original, __name__)
 
 
+def _connector_class(original: type, path: str) -> type:
+    """Idefics3's and SmolVLM's connector: a pixel shuffle in one copy, where upstream's two permutations are a copy
+    each, and the product. Nothing is rounded differently, so the result is upstream's in every bit, on any device;
+    kernels are not needed for it."""
+    holder, _, _ = path.rpartition(".")
+
+    class Fused(original):
+        def forward(self, *args, **kwargs):
+            values = self._vlkernels_values(*args) if len(args) == 1 and not kwargs else "called with keyword arguments"
+            if isinstance(values, str):
+                return super().forward(*args, **kwargs)
+            return linear_projector.run(values, backends.choose(linear_projector, values))
+
+        def _vlkernels_values(self, x: Tensor) -> tuple | str:
+            """Checked arguments of linear_projector, or why this call is upstream's own."""
+            linear = self._vlkernels_linear()
+            if isinstance(linear, str):
+                return linear
+            s, weight = self.scale_factor, linear.weight
+            side = math.isqrt(x.shape[1]) if x.dim() == 3 else 0
+            if side == 0 or side * side != x.shape[1] or side % s or x.shape[2] * s * s != weight.shape[1]:
+                return f"an input of shape {tuple(x.shape)}"
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                return f"x is {x.dtype} over a {weight.dtype} weight without autocast"
+            x = x.reshape(x.shape[0], side, side, x.shape[2])
+            return linear_projector.values(x, weight, linear.bias, shuffle=s)
+
+        def _vlkernels_linear(self) -> nn.Linear | str:
+            """The linear layer as it is now, or which child stands in the way."""
+            container = self.get_submodule(holder)
+            # upstream's holder only calls the layer
+            if type(container).__module__ != original.__module__ or not type(container).__name__.endswith("SimpleMLP"):
+                return f"{holder} is a {type(container).__name__}"
+            linear = self.get_submodule(path)
+            reason = child_problem(holder, container, (type(container),))
+            return reason or child_problem(path, linear, (nn.Linear,)) or linear
+
+        def vlkernels_state(self) -> tuple[str, str]:
+            """(backend, reason) for a training step in this module's present state."""
+            linear, s = self._vlkernels_linear(), self.scale_factor
+            if isinstance(linear, str):
+                return training_backend(linear_projector, linear)
+            shape = (1, s * s, linear.weight.shape[1] // (s * s))
+            x = torch.empty(shape, dtype=linear.weight.dtype, device=linear.weight.device)
+            chosen, _ = training_backend(linear_projector, self._vlkernels_values(x))
+            return chosen, "plain PyTorch, with one copy for the shuffle where upstream makes two"
+
+        def vlkernels_configure(self, **_) -> None:
+            """There is nothing to choose."""
+
+    return finished(Fused, original, __name__)
+
+
 def __getattr__(name: str):
     import importlib
 
-    for key in (*ROWS, GEMMA3):
+    for key in KEYS:
         module, _, cls = key.partition(":")
         if cls == name:
             return projector_class(getattr(importlib.import_module(f"transformers.models.{module}"), cls))

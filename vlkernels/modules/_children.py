@@ -13,10 +13,8 @@ def child_problem(name: str, child: nn.Module, kinds: tuple[type, ...]) -> str |
     """
     if type(child) not in kinds:
         return f"{name} is a {type(child).__name__}"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return f"{name} carries hooks"
-    if "forward" in child.__dict__:
-        return f"{name} carries a forward of its own"
+    if (reason := hook_problem(name, child)) is not None:
+        return reason
     for parameter in child._parameters.values():
         if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
             return f"{name} holds a {type(parameter).__name__}, not a plain tensor"
@@ -25,3 +23,10 @@ def child_problem(name: str, child: nn.Module, kinds: tuple[type, ...]) -> str |
     if "weight" in child.__dict__ or hasattr(child, "parametrizations"):
         return f"{name} is parametrised"
     return None
+
+
+def hook_problem(name: str, child: nn.Module) -> str | None:
+    """Why a fused forward must call the child instead of doing its work, or None."""
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return f"{name} carries hooks"
+    return f"{name} carries a forward of its own" if "forward" in child.__dict__ else None

@@ -1,4 +1,7 @@
-"""Projectors of one linear (survey eq. 18) with what stands around it: plain PyTorch, for there is nothing to fuse.
+"""Projectors of one linear (survey eq. 18) with what stands around it.
+
+LinearProjector runs norm, position and the write into the text sequence as one op; the others are upstream's, and plain
+PyTorch, for there is nothing to fuse.
 
 All take `device` and `dtype`; x has the parameters' dtype, or any under autocast. Errors are ValueErrors that name the
 argument, what it got and what is accepted. Parameter names are upstream's.
@@ -12,7 +15,130 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._shuffle import shuffled
+from ..ops.linear_projector import linear_projector
+from ._children import child_problem
 from .projector import check_channels
+
+
+class LinearProjector(nn.Module):
+    """y = [norm](shuffle(x)) Wᵀ + b [+ position], and its rows written into a text sequence: one op.
+
+    x (..., C), with a shuffle s (B, h, w, C) -> y (..., N), or (B, h w / s², N). Given `into` (..., N) and `index`,
+    int64 with one row number for each row of y, the result is `into` with those rows replaced, as transformers'
+    masked_scatter makes it; `into` is not written to. `placeholder_rows` finds the index without waiting for a GPU.
+
+    C = vision_hidden_size, N = text_hidden_size. Parameters `linear.weight` (N, C s²), `linear.bias`, with a norm
+    ("layer" or "rms", over the C s² channels) `norm.weight` and, of "layer", `norm.bias`, with n_positions
+    `position.weight` (n_positions, N): row t of each image gets row t, or row `position_index` (one for each row of y).
+    Initialised as nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding.
+
+    Errors: index and position_index are looked at on a CPU only; on a GPU a row outside of `into` is a device-side
+    assertion, and of rows named twice one stays.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        *,
+        bias: bool = True,
+        norm: str = "none",
+        eps: float = 1e-5,
+        shuffle: int = 1,
+        n_positions: int = 0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if norm not in ("none", "layer", "rms"):
+            raise ValueError(f"norm is {norm!r}; accepted: none, layer, rms")
+        if shuffle < 1 or n_positions < 0:
+            raise ValueError(f"shuffle is {shuffle}, n_positions {n_positions}; accepted: 1 or more, 0 or more")
+        made = {"device": device, "dtype": dtype}
+        self.vision_hidden_size, self.shuffle = vision_hidden_size, shuffle
+        channels = vision_hidden_size * shuffle**2
+        kinds = {"none": None, "layer": nn.LayerNorm, "rms": nn.RMSNorm}
+        self.norm = None if norm == "none" else kinds[norm](channels, eps=eps, **made)
+        self.linear = nn.Linear(channels, text_hidden_size, bias=bias, **made)
+        self.position = nn.Embedding(n_positions, text_hidden_size, **made) if n_positions else None
+
+    def forward(
+        self,
+        x: Tensor,
+        into: Tensor | None = None,
+        index: Tensor | None = None,
+        position_index: Tensor | None = None,
+    ) -> Tensor:
+        check_channels("x", x, self.vision_hidden_size)
+        if (into is None) != (index is None):
+            raise ValueError("into and index belong together; accepted: both or neither")
+        if position_index is not None:
+            if self.position is None:
+                raise ValueError("position_index is given; accepted with n_positions only")
+            _check_values("position_index", position_index, self.position.num_embeddings)
+        if isinstance(into, Tensor):
+            _check_values("index", index, into.shape[:-1].numel(), distinct=True)
+        norm, linear, position = self.norm, self.linear, self.position
+        kinds = ((norm, (nn.LayerNorm, nn.RMSNorm)), (linear, (nn.Linear,)), (position, (nn.Embedding,)))
+        if any(child is not None and child_problem("child", child, kind) for child, kind in kinds) or (
+            # such a table gives other rows or gradients than it holds
+            position is not None and (position.padding_idx, position.max_norm) != (None, None)
+        ):
+            return self._plain(x, into, index, position_index)
+        options = {}
+        if norm is not None:
+            options = {"norm_weight": norm.weight, "norm_bias": getattr(norm, "bias", None), "eps": norm.eps}
+            options["norm"] = "layer" if type(norm) is nn.LayerNorm else "rms"
+        return linear_projector(
+            x, linear.weight, linear.bias, position=None if position is None else position.weight,
+            position_index=position_index, into=into, index=index, shuffle=self.shuffle, **options,
+        )  # fmt: skip
+
+    def _plain(self, x: Tensor, into: Tensor | None, index: Tensor | None, position_index: Tensor | None) -> Tensor:
+        """The same through the children, which do more than their weights say."""
+        x = shuffled(x, self.shuffle)
+        y = self.linear(x if self.norm is None else self.norm(x))
+        if self.position is not None:
+            if position_index is None:
+                position_index = torch.arange(y.shape[-2], device=y.device).expand(y.shape[:-1])
+            y = y + self.position(position_index.reshape(y.shape[:-1])).to(y.dtype)
+        if into is None:
+            return y
+        rows = y.flatten(0, -2).to(into.dtype)
+        return into.flatten(0, -2).index_copy(0, index.flatten(), rows).view(into.shape)
+
+    def extra_repr(self) -> str:
+        return f"shuffle={self.shuffle}"
+
+
+def placeholder_rows(mask: Tensor, count: int) -> Tensor:
+    """Where the image tokens go: the row numbers of the first `count` True entries of mask (any shape), int64 (count,).
+
+    `count` is the features' number of rows, which the host knows, so that nothing waits for a GPU (nonzero would). With
+    fewer True entries the rest is -1, which writing into a sequence refuses; True entries past `count` are ignored.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; accepted: bool, such as input_ids == image_token_id")
+    mask = mask.flatten()
+    order = mask.cumsum(0) - 1
+    # all that is not wanted goes to one place more, cut off at the end
+    order = torch.where(mask & (order < count), order, count)
+    rows = torch.full((count + 1,), -1, dtype=torch.int64, device=mask.device)
+    return rows.scatter(0, order, torch.arange(mask.numel(), device=mask.device))[:count]
+
+
+def _check_values(name: str, index: Tensor, below: int, distinct: bool = False) -> None:
+    """On a CPU, where looking at values waits for nothing; not inside a graph that is being traced."""
+    if not isinstance(index, Tensor) or index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if type(index) is not Tensor or index.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(index))
+    if low < 0 or high >= below:
+        raise ValueError(f"{name} reaches from {low} to {high}; accepted: 0 to {below - 1}")
+    if distinct and index.unique().numel() != index.numel():
+        raise ValueError(f"{name} names a row twice; accepted: distinct rows")
 
 
 class ImagePrefix(nn.Module):

@@ -18,9 +18,9 @@ def keep_factor(p: float) -> float:
     return LEVELS / (LEVELS - threshold(p)) if threshold(p) < LEVELS else 0.0
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A 0-d int64 seed on `device` from torch's own generator, so that checkpointing replays it without a host sync."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, count: int | None = None) -> Tensor:
+    """A 0-d int64 seed, or `count` of them, from torch's generator: checkpointing replays it without a host sync."""
+    return torch.randint(-(2**63), 2**63 - 1, () if count is None else (count,), dtype=torch.int64, device=device)
 
 
 def _mul_hi_lo(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:

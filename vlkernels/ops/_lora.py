@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import _lora_kernels as kernels
-from ._device import multiprocessors
+from . import _lora_plan, _lora_two_source
+from ._device import multiprocessors, tuned
 from ._dropout import keep_factor, threshold
 
 MAX_RANK = 512
 MAX_GROUP = 3
-TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TL_DTYPE = _lora_two_source.TL_DTYPE
 
 
 # -- configuration -------------------------------------------------------------------------------------------------
@@ -54,14 +54,25 @@ class Config:
     outer_dy: Tile  # dB = scale dyᵀ s
     outer_x: Tile  # dA = dsᵀ drop(x), of all adapters of the group
     up: Tile | None  # ds and dB from one read of dy
+    two_source: _lora_two_source.Tile  # y = scale s Bᵀ + x Wᵀ, under that plan
+    two_source_dx: _lora_two_source.Tile  # dx = mask (ds A) + dy W
+    plan: str  # of _lora_plan.PLANS
 
 
-def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None = None, group: int = 1) -> Config:
-    """Tiles by shape; `dtype` is that of s and of the products, `loaded` the widest of x, a, b in memory.
+def config(
+    dims: Dims,
+    dtype: torch.dtype,
+    arch: int,
+    loaded: torch.dtype | None = None,
+    group: int = 1,
+    plain: torch.dtype | None = None,
+) -> Config:
+    """Tiles by shape; `dtype` is that of s and of the products with it, `loaded` the widest of x, a, b in memory.
 
-    group: adapters that share x; dims.R is then the largest of their ranks. None of the steps below has been timed on
-    a GPU yet.
+    group: adapters that share x; dims.R is then the largest of their ranks. plain: dtype of the product with W, default
+    `dtype`. None of the steps below has been timed on a GPU yet; what benchmarks/tune.py recorded replaces them.
     """
+    plain = plain or dtype
     wide = dtype == torch.float32  # products in three tf32 passes: operands and their splits take twice the registers
     converted = (
         not wide and loaded == torch.float32
@@ -98,7 +109,7 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         blocks = triton.cdiv(dims.N, cols)
         splits = max(1, min(triton.cdiv(2 * sms, blocks), dims.T // max(64, 4 * rank)))
         up = Tile(16 if wide else 32, cols, rank, warps=8, stages=2, splits=splits)
-    return Config(
+    found = Config(
         down=down(dims.K, group),
         update=update(dims.N),
         update_dx=update(dims.K, group),
@@ -106,7 +117,16 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         outer_dy=outer(dims.N),
         outer_x=outer(dims.K, group),
         up=up,
+        two_source=_lora_two_source.tile(dims.T, dims.N, dims.R, plain, dtype, arch),
+        two_source_dx=_lora_two_source.tile(dims.T, dims.K, dims.R, plain, dtype, arch),
+        plan=_lora_plan.DEFAULT,
     )
+    return tuned("lora_linear", arch, found, key(dims, dtype, loaded, group, plain))
+
+
+def key(dims: Dims, dtype: torch.dtype, loaded: torch.dtype | None, group: int, plain: torch.dtype) -> dict:
+    """What a tuned record of config() is found by."""
+    return {**vars(dims), "dtype": dtype, "loaded": loaded or dtype, "group": group, "plain": plain}
 
 
 def _warps(accumulators: int, most: int, arch: int, group: int) -> int:

@@ -57,10 +57,22 @@ def dropout_keep(seed, rows, first_col, threshold, BLOCK_ROWS: tl.constexpr, BLO
     k1 = zero + ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = philox7(c0, c1, c2, zero, k0, k1)
     # element j of a group is half j & 1 of word j >> 1; each join appends the next lower bit of j as the last axis
-    even = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-    odd = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-    bits = tl.reshape(tl.join(even, odd), (BLOCK_ROWS, BLOCK_COLS))
-    return bits.to(tl.int32) >= threshold
+    even = tl.join(tl.join(_low(w0, threshold), _low(w2, threshold)), tl.join(_low(w1, threshold), _low(w3, threshold)))
+    odd = tl.join(
+        tl.join(_high(w0, threshold), _high(w2, threshold)), tl.join(_high(w1, threshold), _high(w3, threshold))
+    )
+    return tl.reshape(tl.join(even, odd), (BLOCK_ROWS, BLOCK_COLS)) != 0
+
+
+# One byte an element crosses threads, not a word: a 128x256 tile of words beside its accumulator spills on sm_90.
+@triton.jit
+def _low(word, threshold):
+    return ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int8)
+
+
+@triton.jit
+def _high(word, threshold):
+    return ((word >> 16).to(tl.int32) >= threshold).to(tl.int8)
 
 
 @triton.jit
@@ -72,17 +84,13 @@ def times_mask(x, keep):
 
 
 @triton.jit
-def tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@triton.jit
 def act(x, ACT: tl.constexpr):
     """The activation of float32 x; "gelu" is the erf form."""
     if ACT == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
-        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        # 0.5 (1 + tanh u) = sigmoid(2 u), which has no cancellation
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "quick_gelu":
@@ -99,8 +107,8 @@ def act_derivative(x, ACT: tl.constexpr):
     if ACT == "gelu":
         y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACT == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        y = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
     elif ACT == "silu":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))

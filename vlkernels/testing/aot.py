@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -83,24 +84,31 @@ def recorded_builds(op, arch: int, precisions: tuple[str, ...] | None = None) ->
                 continue
             for name in precisions or module.PRECISIONS:
                 precision = PRECISIONS[name]
-                label = f"{case.name} [{name}]"
-                with FakeTensorMode(), torch.no_grad():
-                    arguments = module.inputs(case, _FakeMake(precision))
-                    arguments |= {"dtype": precision.autocast} if "dtype" in op.types else {}
-                    values = tuple(arguments.get(n, op.defaults.get(n)) for n in op.names)
-                    out = kernels.forward(*values)
-                    saved = dict(zip(op.names, values, strict=True)) | dict(
-                        zip(op.residuals, out[op.outputs :], strict=True)
-                    )
-                    needs = {n: isinstance(v, torch.Tensor) and v.requires_grad for n, v in arguments.items()}
-                    others = {n: v for n, v in zip(op.names, values, strict=True) if n in op.others}
-                    kernels.backward(
-                        *(torch.empty_like(o) for o in out[: op.outputs]),
-                        saved={n: saved[n] for n in op.saves},
-                        needs={n: needs.get(n, False) for n in op.names},
-                        **others,
-                    )
+                for plan in ("", *getattr(module, "PLANS", ())):
+                    label = f"{case.name} [{name}]" + (f" {plan}" if plan else "")
+                    with FakeTensorMode(), torch.no_grad():
+                        arguments = module.inputs(case, _FakeMake(precision))
+                        arguments |= {"dtype": precision.autocast} if "dtype" in op.types else {}
+                        with module.planned(plan, arguments) if plan else nullcontext(arguments) as arguments:
+                            _run(op, kernels, arguments)
     return found
+
+
+def _run(op, kernels, arguments: dict) -> None:
+    """Forward and backward of the kernels, on whatever tensors these are."""
+    import torch
+
+    values = tuple(arguments.get(n, op.defaults.get(n)) for n in op.names)
+    out = kernels.forward(*values)
+    saved = dict(zip(op.names, values, strict=True)) | dict(zip(op.residuals, out[op.outputs :], strict=True))
+    needs = {n: isinstance(v, torch.Tensor) and v.requires_grad for n, v in arguments.items()}
+    others = {n: v for n, v in zip(op.names, values, strict=True) if n in op.others}
+    kernels.backward(
+        *(torch.empty_like(o) for o in out[: op.outputs]),
+        saved={n: saved[n] for n in op.saves},
+        needs={n: needs.get(n, False) for n in op.names},
+        **others,
+    )
 
 
 class _FakeMake:
@@ -115,10 +123,15 @@ class _FakeMake:
         dtype = self.precision.adapter if role == "adapter" else self.precision.base
         return torch.empty(shape, dtype=dtype, requires_grad=grad)
 
-    def seed(self):
+    def seed(self, count=None):
         import torch
 
-        return torch.empty((), dtype=torch.int64)
+        return torch.empty(() if count is None else (count,), dtype=torch.int64)
+
+    def rows(self, count, below):
+        import torch
+
+        return torch.empty((count,), dtype=torch.int64)
 
 
 def _build(fn, args, kwargs, arch: int) -> Build:
@@ -130,6 +143,7 @@ def _build(fn, args, kwargs, arch: int) -> Build:
         torch.float16: "*fp16",
         torch.int64: "*i64",
         torch.int32: "*i32",
+        torch.uint8: "*u8",
     }
     bound = dict(zip(fn.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in fn.arg_names}
     constexprs = {p.name for p in fn.params if p.is_constexpr}
@@ -149,7 +163,7 @@ def _build(fn, args, kwargs, arch: int) -> Build:
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
+    options = {k: kwargs[k] for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
     return Build(
         fn.fn.__module__,
         fn.fn.__name__,

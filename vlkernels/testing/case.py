@@ -97,5 +97,12 @@ class Make:
             t = t[..., 4:-4]  # keeps the odd strides and a start off the allocation's alignment
         return t.requires_grad_(grad)
 
-    def seed(self) -> Tensor:
-        return torch.randint(-(2**62), 2**62, (), generator=self.generator, device=self.device)
+    def seed(self, count: int | None = None) -> Tensor:
+        """One 0-d seed, or `count` of them."""
+        size = () if count is None else (count,)
+        return torch.randint(-(2**62), 2**62, size, generator=self.generator, device=self.device)
+
+    def rows(self, count: int, below: int) -> Tensor:
+        """`count` row numbers in a random order: distinct where there are so many, else every one at least once."""
+        order = torch.randperm(max(count, below), generator=self.generator, device=self.device)
+        return order[:count].remainder(below)  # a tensor of its own, no view

@@ -132,3 +132,17 @@ def worst(value: Tensor, truth: Tensor) -> tuple[float, tuple[int, ...]]:
     index = int(bad.to(torch.uint8).argmax() if bad.any() else difference.argmax())
     where = torch.unravel_index(torch.tensor(index), truth.shape)
     return float(difference[index]), tuple(int(i) for i in where)
+
+
+def beside(name: str, got: Tensor, usual: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> Error:
+    """The rule for one tensor of a whole model, from one seed: `got` beside what stock code gives in the same dtypes.
+
+    dtype: the one that was computed in, where the tensor's own is wider (autocast).
+    """
+    got, usual, exact = got.detach(), usual.detach(), exact.detach()
+    if got.shape != exact.shape or got.dtype != usual.dtype:
+        return Error(name, math.inf, 0.0, 0.0, 0.0, ())
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    baseline = worst(usual, exact)[0]
+    error, where = worst(got, exact)
+    return Error(name, error, 2 * baseline + 4 * ulp(scale, dtype or got.dtype), baseline, scale, where)

@@ -11,17 +11,27 @@ from torch import Tensor, nn
 from ..modules import (
     AdapterMLP,
     CogVLMGLU,
+    DoRAEmbedding,
+    DoRALinear,
     EpalmConnector,
     FromageEmbeddings,
     ImagePrefix,
     LlavaPooler,
     LlavaProjector,
+    LoRAAttention,
+    LoRADecoderLayer,
+    LoRAEmbedding,
     LoRALinear,
+    LoRAMLP,
     MLPProjector,
     PixelShuffleProjector,
+    QLoRALinear,
     VisualEmbedding,
 )
+from ..modules.lora import Adapter
+from ..modules.lora_blocks import rotary
 from ..modules.projector import llava_layers
+from ..ops import _nf4
 
 
 class GoldenError(ValueError):
@@ -100,6 +110,167 @@ def _lora(fan_in_fan_out: bool) -> Callable[[Named], tuple[nn.Module, Run]]:
         return {"y": layer(inputs["x"]), "merged_weight": layer.merged_weight(), **deltas}
 
     return build
+
+
+def _embedding(kind: type[LoRAEmbedding]) -> Callable[[Named], tuple[nn.Module, Run]]:
+    def build(hp: Named) -> tuple[nn.Module, Run]:
+        hp.only("in", "out", "base", "adapters")
+        if hp.get("base", "embedding") != "embedding":
+            raise GoldenError(f"hyper-parameter base is {hp['base']!r}; accepted: 'embedding'")
+        layer = kind(hp["in"], hp["out"], 1)
+        layer.remove_adapter("default")
+        for name, options in hp["adapters"].items():
+            options = Named(f"adapters.{name}.", options)
+            options.only("r", "lora_alpha", "use_rslora", *(["use_dora"] if kind is DoRAEmbedding else []))
+            variant = {"dora": options.get("use_dora", False)} if kind is DoRAEmbedding else {}
+            rslora = options.get("use_rslora", False)
+            layer.add_adapter(name, options["r"], alpha=options["lora_alpha"], rslora=rslora, **variant)
+        layer.active = tuple(hp["adapters"])
+        return layer, run
+
+    def run(layer: LoRAEmbedding, inputs: Named) -> dict[str, Tensor]:
+        deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
+        return {"y": layer(inputs["ids"]), "merged_weight": layer.merged_weight(), **deltas}
+
+    return build
+
+
+def _dora(fan_in_fan_out: bool) -> Callable[[Named], tuple[nn.Module, Run]]:
+    def build(hp: Named) -> tuple[nn.Module, Run]:
+        hp.only("in", "out", "bias", "base", "adapters")
+        base = "conv1d" if fan_in_fan_out else "linear"
+        if hp.get("base", "linear") != base:
+            raise GoldenError(f"hyper-parameter base is {hp.get('base')!r}; accepted: {base!r}")
+        bias = hp.get("bias", True) if fan_in_fan_out else hp["bias"]
+        layer = DoRALinear(hp["in"], hp["out"], 1, bias=bias, fan_in_fan_out=fan_in_fan_out)
+        layer.remove_adapter("default")
+        for name, options in hp["adapters"].items():
+            options = Named(f"adapters.{name}.", options).only("r", "lora_alpha", "use_rslora", "use_dora")
+            layer.add_adapter(
+                name,
+                options["r"],
+                alpha=options["lora_alpha"],
+                rslora=options.get("use_rslora", False),
+                dora=options.get("use_dora", False),
+            )
+        layer.active = tuple(hp["adapters"])
+        return layer, run
+
+    def run(layer: DoRALinear, inputs: Named) -> dict[str, Tensor]:
+        deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
+        return {"y": layer(inputs["x"]), "merged_weight": layer.merged_weight(), **deltas}
+
+    return build
+
+
+def _dora_mlp(hp: Named) -> tuple[nn.Module, Run]:
+    """transformers' LlamaMLP, without biases, with DoRA on some of its layers."""
+    hp.only("d", "ff", "heads", "kv_heads", "r", "alpha", "targets", "dora", "part")
+    _accept(hp, "part", "mlp")
+    _accept(hp, "dora", True, False)
+    shapes = {"gate_proj": (hp["d"], hp["ff"]), "up_proj": (hp["d"], hp["ff"]), "down_proj": (hp["ff"], hp["d"])}
+    unknown = [name for name in hp["targets"] if name not in shapes]
+    if unknown:
+        raise GoldenError(f"hyper-parameter targets has {unknown[0]!r}; accepted: {', '.join(shapes)}")
+    module = nn.ModuleDict()
+    for name, (width, out) in shapes.items():
+        module[name] = layer = DoRALinear(width, out, 1, bias=False)
+        layer.remove_adapter("default")
+        if name in hp["targets"]:
+            layer.add_adapter("default", hp["r"], alpha=hp["alpha"], dora=hp["dora"])
+            layer.active = "default"
+
+    def run(module: nn.ModuleDict, inputs: Named) -> dict[str, Tensor]:
+        x = inputs["x"]
+        return {"y": module["down_proj"](nn.functional.silu(module["gate_proj"](x)) * module["up_proj"](x))}
+
+    return module, run
+
+
+_BLOCK_KEYS = (
+    "d", "ff", "heads", "kv_heads", "r", "alpha", "targets", "part", "attention_bias", "rslora", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+
+
+def _lora_block(part: str) -> Callable[[Named], tuple[nn.Module, Run]]:
+    """transformers' Llama attention, MLP or decoder layer with peft's LoRA on its targets."""
+
+    def build(hp: Named) -> tuple[nn.Module, Run]:
+        _accept(hp.only(*_BLOCK_KEYS), "part", part)
+        d, ff, heads, r = (hp[key] for key in ("d", "ff", "heads", "r"))
+        kv_heads, bias = hp.get("kv_heads", heads), hp.get("attention_bias", False)
+        module = {
+            "mlp": lambda: LoRAMLP(d, ff, r),
+            "attn": lambda: LoRAAttention(d, heads, r, kv_heads=kv_heads, bias=bias),
+            "layer": lambda: LoRADecoderLayer(d, ff, heads, r, kv_heads=kv_heads, attention_bias=bias),
+        }[part]()
+        for path, layer in module.named_modules():
+            if not isinstance(layer, LoRALinear):
+                continue
+            name = path.rpartition(".")[2]
+            layer.remove_adapter("default")
+            if name in hp["targets"]:
+                alpha = hp.get("alpha_pattern", {}).get(name, hp["alpha"])
+                rank = hp.get("rank_pattern", {}).get(name, r)
+                layer.add_adapter("default", rank, alpha=alpha, rslora=hp.get("rslora", False))
+                layer.active = "default"
+        return module, run
+
+    def run(module: nn.Module, inputs: Named) -> dict[str, Tensor]:
+        if part == "mlp":
+            return {"y": module(inputs["x"])}
+        attention = module.self_attn if part == "layer" else module
+        cos, sin = rotary(inputs["position_ids"], attention.head_dim)
+        return {"y": module(inputs["x"], cos, sin, inputs["attention_mask"]), "cos": cos, "sin": sin}
+
+    return build
+
+
+def _lora_block_ops(hp: Named) -> tuple[str, ...]:
+    """A group op runs where one of its projections has an adapter; the output projection has its own."""
+    targets, part = set(hp["targets"]), hp["part"]
+    qkv = ("lora_qkv",) if part != "mlp" and targets & {"q_proj", "k_proj", "v_proj"} else ()
+    out = ("lora_linear",) if part != "mlp" and "o_proj" in targets else ()
+    mlp = ("lora_mlp",) if part != "attn" and targets & {"gate_proj", "up_proj", "down_proj"} else ()
+    return qkv + out + mlp
+
+
+class _QLoRAParts(nn.Module):
+    """What a file holds as parameters: the weight comes as an input, for its quantisation is what is compared."""
+
+    def __init__(self, hp: Named):
+        super().__init__()
+        out, width = hp["shape"]
+        self.bias = nn.Parameter(torch.zeros(out)) if hp["bias"] else None
+        scale = hp["alpha"] / hp["r"]
+        self.adapters = nn.ModuleDict({"default": Adapter(width, out, hp["r"], scale, 0.0, False)})
+
+
+def _qlora(hp: Named) -> tuple[nn.Module, Run]:
+    """quantise and dequantise; with a rank the layer too."""
+    hp.only("shape", "blocksize", "double", "type", "r", "alpha", "bias")
+    _accept(hp, "type", "nf4", "fp4")
+
+    def run(module: nn.Module, inputs: Named) -> dict[str, Tensor]:
+        plain = nn.Linear(*reversed(hp["shape"]), bias=False)
+        plain.weight = nn.Parameter(inputs["weight"].detach())
+        plain.bias = getattr(module, "bias", None)
+        trained = plain.bias is not None and plain.bias.requires_grad
+        layer = QLoRALinear.from_plain(
+            plain, 1, quant_type=hp["type"], blocksize=hp["blocksize"], double=hp["double"]
+        ).eval()
+        state = _nf4.unpack_state(layer.quant, _nf4.block_count(tuple(hp["shape"]), hp["blocksize"]))
+        outputs = {"packed": layer.weight, "dequantized": layer.dense_weight(), **state._asdict()}
+        if "r" in hp:
+            layer.adapters = module.adapters
+            # from_plain freezes the bias, and a file may hold its gradient
+            if trained:
+                plain.bias.requires_grad_()
+            outputs["y"] = layer(inputs["x"])
+        return outputs
+
+    return (_QLoRAParts(hp) if "r" in hp else nn.Module()), run
 
 
 # -- dense projectors ----------------------------------------------------------------------------------------------
@@ -244,6 +415,15 @@ _MLP = ("mlp_projector",)
 BUILDERS: dict[str, Builder] = {
     "lora.linear": Builder(_lora(fan_in_fan_out=False), ops=("lora_linear",)),
     "lora.conv1d": Builder(_lora(fan_in_fan_out=True), ops=("lora_linear",)),
+    "lora.mlp": Builder(_lora_block("mlp"), ops=_lora_block_ops),
+    "lora.attention": Builder(_lora_block("attn"), ops=_lora_block_ops),
+    "lora.llama_layer": Builder(_lora_block("layer"), ops=_lora_block_ops),
+    "lora.embedding": Builder(_embedding(LoRAEmbedding)),
+    "dora.embedding": Builder(_embedding(DoRAEmbedding)),
+    "dora.linear": Builder(_dora(fan_in_fan_out=False), ops=("dora_linear",)),
+    "dora.conv1d": Builder(_dora(fan_in_fan_out=True), ops=("dora_linear",)),
+    "dora.mlp": Builder(_dora_mlp, ops=lambda hp: ("dora_linear" if hp["dora"] else "lora_linear",)),
+    "qlora.linear": Builder(_qlora, ops=lambda hp: ("lora_linear",) if "r" in hp else ()),
     "dense.llava_projector": Builder(_llava, ops=_llava_ops),
     "dense.llava_next_mlp_res": Builder(_llava, ops=_llava_ops),
     "dense.llava_next_pooler": Builder(_llava_pooler, ops=_MLP),

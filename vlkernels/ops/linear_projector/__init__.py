@@ -1,3 +1,7 @@
 from ...op import Op
 
-linear_projector = Op(__name__, saves=("x", "weight", "bias", "norm_weight", "norm_bias", "stats"))
+linear_projector = Op(
+    __name__,
+    saves=("x", "weight", "bias", "norm_weight", "norm_bias", "position", "position_index", "index", "stats"),
+    like={"into": 0},  # the text embeddings are not kept: their gradient looks like the output's
+)

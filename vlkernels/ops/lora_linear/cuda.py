@@ -11,13 +11,17 @@ from . import triton as skinny
 _MINIMUM = (8, 0)
 
 
-def refuses(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype) -> str | None:
+def refuses(x, weight, a, b, bias, lora_bias, base, seed, quant, scale, p, dtype, blocksize, quant_dtype) -> str | None:
     if not x.is_cuda:
         return f"x is on {x.device.type}; compiled kernels run on CUDA devices"
-    return missing(x.device.index) or skinny.refuses(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype)
+    return missing(x.device.index) or skinny.refuses(
+        x, weight, a, b, bias, lora_bias, base, seed, quant, scale, p, dtype, blocksize, quant_dtype
+    )
 
 
-def declines(x, weight, a, b, bias, lora_bias, base, seed, scale, p, dtype) -> str | None:
+def declines(
+    x, weight, a, b, bias, lora_bias, base, seed, quant, scale, p, dtype, blocksize, quant_dtype
+) -> str | None:
     return "no measurement shows it ahead of Triton's update kernel yet; backend='cuda' forces it"
 
 

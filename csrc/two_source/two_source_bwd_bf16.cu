@@ -1,0 +1,11 @@
+// One instantiation a file: each keeps nvcc busy for seconds.
+#include "two_source/two_source.cuh"
+
+namespace vlk {
+
+template <>
+const char* launch_two_source_bwd<DType::kBFloat16>(const TwoSourceParams& params, void* stream) {
+  return two_source::launch<__nv_bfloat16, true>(params, stream);
+}
+
+}  // namespace vlk
