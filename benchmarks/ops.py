@@ -67,7 +67,7 @@ def jobs(ops: Iterable[Op], smoke: bool = False, peers: bool = False) -> list[Jo
                     if smoke and provider.name == "compile":
                         continue
                     first = provider.kind in ("ours", "peer") or provider.name == baseline
-                    tier = 0 if first else 2 if provider.name == "compile" else 1
+                    tier = 0 if first and not provider.plan else 2 if provider.name == "compile" else 1
                     stage = 0 if (i, j) == (0, 0) else 3 if j >= len(main) else 1 + tier
                     job = Job(op, tiny(case) if smoke else case, precision, provider)
                     ranked.append(((stage, i, j, tier, provider.name != baseline), job))
@@ -130,7 +130,7 @@ def _time(job: Job, r: Record, run: Run, device: str, seconds: float) -> None:
     calls = list(callables(job, r.mode, device, sets))
     timing = clock.measure(calls, device, seconds)
     r.ms, r.ms_p20, r.ms_p80, r.n, r.clock = timing.ms, timing.ms_p20, timing.ms_p80, timing.n, timing.clock
-    fill_in(r, case, module, itemsize, run.ceilings)
+    fill_in(r, case, module, itemsize, run.ceilings, job.provider.plan)
     with clock.peak_bytes(device) as peak:
         calls[0]()
     r.peak_bytes = peak[0] if peak else None
@@ -138,7 +138,7 @@ def _time(job: Job, r: Record, run: Run, device: str, seconds: float) -> None:
     r.saved_bytes = saved_bytes(job, device)
 
 
-def fill_in(r: Record, case: Case, module, itemsize: int, measured: dict[str, float]) -> None:
+def fill_in(r: Record, case: Case, module, itemsize: int, measured: dict[str, float], plan: str = "") -> None:
     """The figures that follow from r.ms and what cases.py counts."""
     names = ("forward",) if r.mode == "forward" else ("forward", "backward")
     flops, fewest = module.flops(case), module.floor_bytes(case, itemsize)
@@ -146,7 +146,7 @@ def fill_in(r: Record, case: Case, module, itemsize: int, measured: dict[str, fl
         return  # it computes less than the op: neither count is its own
     r.tflops = sum(flops[n] for n in names) / r.ms * 1e-9
     if r.kind == "ours":
-        moved = module.bytes_moved(case, itemsize)
+        moved = module.bytes_moved(case, itemsize, *([plan] if plan else []))
         r.tbs = sum(moved[n] for n in names) / r.ms * 1e-9
     if measured:
         r.floor_ms = sum(ceilings.floor_ms(flops[n], fewest[n], itemsize == 4, measured) for n in names)

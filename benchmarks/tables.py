@@ -10,13 +10,17 @@ from vlkernels import backends
 from vlkernels.testing import compare
 from vlkernels.testing.case import PRECISIONS
 
-from . import ceilings, model, providers
+from . import ceilings, model, plans, providers
 from .ops import MAIN_PRECISIONS, ON_CPU
 from .record import NOT_AVAILABLE, RESULTS, load, rows
 from .support import gpu_records, support_lines
 
 NOT_MEASURED = "not yet measured"
-COLUMNS = ("peft", "eager", "compile", "triton", "cuda", "unsloth", "lorafusion", "frozen linear")
+NOT_COUNTED = "not counted yet: `python -m benchmarks.plans`"
+COLUMNS = (
+    "peft", "eager", "compile", "triton", "triton two_source", "triton packed", "cuda", "cuda two_source", "unsloth",
+    "lorafusion", "frozen linear",
+)  # fmt: skip
 
 
 def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
@@ -86,6 +90,24 @@ def _ratio(value: float | None, digits: int = 2) -> str:
 
 def _launches(side: dict) -> str:
     return " + ".join(str(sum(side["launches"][d].values())) for d in ("forward", "backward"))
+
+
+def plan_lines(counted: dict) -> list[str]:
+    """Bytes of lora_linear's plans over the two floors of benchmarks.plans, a line a case and plan."""
+    by_name = {case.name: case for case in plans.cases()}
+    body = []
+    for entry in counted["entries"]:
+        found, moved = plans.floors(by_name[entry["case"]]), entry["moved"]
+        ratios = [
+            f"{moved[d] / floor[d]:.2f}" for d in ("forward", "backward") for floor in found.values()
+        ] + [f"{sum(moved.values()) / sum(floor.values()):.2f}" for floor in found.values()]
+        mib = (f"{moved[d] / 2**20:.0f}" for d in ("forward", "backward"))
+        body.append([entry["case"], entry["plan"], *mib, *ratios])
+    head = (
+        "case", "plan", "forward, MiB", "backward, MiB", "forward / floor", "/ plan floor", "backward / floor",
+        "/ plan floor", "sum / floor", "/ plan floor",
+    )  # fmt: skip
+    return table(head, body)
 
 
 # -- speed ---------------------------------------------------------------------------------------------------------
@@ -266,9 +288,11 @@ def sections(results: Path = RESULTS) -> dict[str, list[str]]:
     """What stands between the markers, by marker name."""
     path = results / "memory.json"
     memory = json.loads(path.read_text()) if path.exists() else None
+    counted = results / "plans.json"
     return {
         "support": support_lines(results),
         "memory": memory_lines(memory) if memory else ["not counted yet: `python -m benchmarks.memory`"],
         "speed": readme_speed_lines(results),
         "ladder": ladder_lines(memory, results) if memory else [NOT_MEASURED],
+        "plans": plan_lines(json.loads(counted.read_text())) if counted.exists() else [NOT_COUNTED],
     }

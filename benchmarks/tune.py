@@ -3,8 +3,9 @@
     python -m benchmarks.tune --op lora_linear [--precision NAME] [--case TEXT] [--minutes 8]
 
 From what config() picks, one kernel's tile at a time is varied, a field by a factor of two; whatever lowers the summed
-device time of the op's own kernels, forward and backward, stays. cuBLAS's products are not in the sum. A winner that
-fails the correctness rule is not written. The file is written after every case.
+device time of the op's own kernels, forward and backward, stays. cuBLAS's products are not in the sum. An op with plans
+is searched under each that needs no other storage, and the plans are compared by whole calls. A winner that fails the
+correctness rule is not written. The file is written after every case; config() reads it (`ops/_device.tuned`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 
 from vlkernels import backends
 from vlkernels.op import Op
-from vlkernels.testing import compare
+from vlkernels.testing import clock, compare
 from vlkernels.testing.case import PRECISIONS, Case, Precision
 
 from . import check, ops, providers, record
@@ -36,7 +37,10 @@ LIMITS = {
     "warps": (2, 8),
     "stages": (1, 5),
     "splits": (1, 512),
+    "depth": (16, 128),
+    "group": (1, 32),
 }
+NEEDS_STORAGE = ("packed",)  # plans that follow from how the weights are stored
 
 
 def neighbours(tile) -> Iterator:
@@ -96,15 +100,37 @@ def milliseconds(op: Op, call, config, repeats: int = 7) -> float:
 
 
 def search(op: Op, case: Case, precision: Precision, deadline: float) -> dict | None:
-    """The best tiles found before the deadline, as a record, or None when config() was not bettered by 1 %."""
+    """The best plan and tiles found before the deadline, as a record, or None when config() was not bettered by 1 %."""
     provider = providers.ours(op, "triton")
     job = ops.Job(op, case, precision, provider)
     (call,) = ops.callables(job, "forward+backward", "cuda", 1)
-    start = picked(op, call)
+    start, key = picked(op, call)
     if start is None:
         return None
+    before = best_ms = whole_call(op, call, start)
+    best, plans = start, plans_of(op, start)
+    for i, plan in enumerate(plans):
+        begin = dataclasses.replace(start, plan=plan) if plan else start
+        share = (deadline - time.monotonic()) / (len(plans) - i)
+        found = climb(op, call, begin, time.monotonic() + share)
+        ms = whole_call(op, call, found)
+        if plan:
+            print(f"  plan {plan}: {ms:.4f} ms a call (config() {before:.4f})", flush=True)
+        if ms < 0.99 * best_ms:
+            best, best_ms = found, ms
+    if best == start:
+        return None
+    with fixed(op, best):
+        failure = check.failure(check.errors(op, provider, case, precision, "cuda"))
+    if failure:
+        print(f"  the fastest tiles fail the rule and are not written: {failure}")
+        return None
+    return entry(best, key) | {"precision": precision.name, "ms": best_ms, "ms_before": before}
+
+
+def climb(op: Op, call, start, deadline: float):
+    """The configuration whose Triton kernels take the least time, one field of one tile at a time."""
     best, best_ms = start, milliseconds(op, call, start)
-    default_ms = best_ms
     moved = True
     while moved and time.monotonic() < deadline:
         moved = False
@@ -116,39 +142,54 @@ def search(op: Op, case: Case, precision: Precision, deadline: float) -> dict | 
                 ms = milliseconds(op, call, candidate)
                 if ms < 0.99 * best_ms:
                     best, best_ms, moved = candidate, ms, True
-                    print(f"  {name} {tile}: {best_ms:.4f} ms (config() {default_ms:.4f})", flush=True)
-    if best == start:
-        return None
-    with fixed(op, best):
-        failure = check.failure(check.errors(op, provider, case, precision, "cuda"))
-    if failure:
-        print(f"  the fastest tiles fail the rule and are not written: {failure}")
-        return None
-    changed = {f.name: getattr(best, f.name) for f in dataclasses.fields(best)}
-    return {
-        "dims": dict(case.dims),
-        "precision": precision.name,
-        "ms": best_ms,
-        "ms_before": default_ms,
-        "tiles": {k: dataclasses.asdict(v) for k, v in changed.items() if dataclasses.is_dataclass(v)},
-    }
+                    print(f"  {name} {tile}: {best_ms:.4f} ms", flush=True)
+    return best
 
 
-def picked(op: Op, call):
-    """The configuration that config() picks in this call; None when it is no dataclass of tiles."""
+def whole_call(op: Op, call, config) -> float:
+    """Milliseconds of a call with everything in it; inf when the device cannot run the tiles."""
+    from triton.errors import TritonError
+
+    try:
+        with fixed(op, config):
+            return clock.measure([call], "cuda").ms
+    except (TritonError, RuntimeError):
+        return float("inf")
+
+
+def plans_of(op: Op, config) -> list[str | None]:
+    """The plans to search: the configuration's own first; [None] for an op without plans."""
+    if not hasattr(config, "plan"):
+        return [None]
+    others = getattr(compare.cases_of(op), "PLANS", ())
+    return [config.plan, *(p for p in others if p != config.plan and p not in NEEDS_STORAGE)]
+
+
+def entry(config, key: dict) -> dict:
+    """What `_device.tuned` reads back."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    tiles = {name: dataclasses.asdict(tile) for name, tile in fields.items() if dataclasses.is_dataclass(tile)}
+    plan = {"plan": config.plan} if hasattr(config, "plan") else {}
+    return {"key": {n: v if isinstance(v, int) else str(v) for n, v in key.items()}, "tiles": tiles} | plan
+
+
+def picked(op: Op, call) -> tuple:
+    """(the configuration that config() picks in this call, the key of its record); None when it is no tiles, or when
+    the op reads no records."""
     kernels, seen = op.kernels["triton"], []
-    config = kernels.config
+    config, config_key = kernels.config, getattr(kernels, "config_key", None)
 
     def noted(*args, **kwargs):
-        seen.append(config(*args, **kwargs))
-        return seen[-1]
+        seen.append((config(*args, **kwargs), config_key and config_key(*args, **kwargs)))
+        return seen[-1][0]
 
     with mock.patch.object(kernels, "config", noted):
         call()
-    tiles = (
-        [f for f in dataclasses.fields(seen[0]) if dataclasses.is_dataclass(getattr(seen[0], f.name))] if seen else []
-    )
-    return seen[0] if tiles else None
+    if not seen or config_key is None:
+        return None, None
+    found, key = seen[0]
+    tiles = [f for f in dataclasses.fields(found) if dataclasses.is_dataclass(getattr(found, f.name))]
+    return (found, key) if tiles else (None, None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,7 +219,15 @@ def main(argv: list[str] | None = None) -> int:
             continue
         entries.append(found)
         path.parent.mkdir(exist_ok=True)
-        about = {"device": run.device, "torch": run.torch, "triton": run.triton, "commit": run.commit, "time": run.time}
+        arch = int(run.capability.removeprefix("sm_"))
+        about = {
+            "device": run.device,
+            "arch": arch,
+            "torch": run.torch,
+            "triton": run.triton,
+            "commit": run.commit,
+            "time": run.time,
+        }
         path.write_text(json.dumps(about | {"entries": entries}, indent=1) + "\n")
         print(f"  {found['ms_before']:.4f} -> {found['ms']:.4f} ms, wrote {path.relative_to(record.ROOT)}", flush=True)
     return 0

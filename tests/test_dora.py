@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import math
 import pickle
 from unittest import mock
@@ -68,8 +67,7 @@ def test_beside_peft(case, precision, device):
     for name, want in truth.items():
         assert ours[name].dtype == theirs[name].dtype, name
         baseline = compare.worst(theirs[name], want)[0]
-        scale = float(want.abs().max())
-        dtype = ours[name].dtype
+        scale, dtype = float(want.abs().max()), ours[name].dtype
         if name == "dmagnitude" and precision == "bf16+fp32" and CASES[case].get("p"):
             # there peft's product of the dropped x with W is float32, and ours bf16 as without dropout
             dtype = torch.bfloat16
@@ -119,14 +117,13 @@ def test_level_1_gives_the_same_bits(device):
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 24), (2, 1, 3, 24), (0, 24), (3, 0, 24)])
+@pytest.mark.parametrize("shape", [(24,), (2, 1, 3, 24), (3, 0, 24)])
 def test_leading_shapes(shape, device):
     _, *rest = tensors(device=device)
-    x = torch.randn(shape, device=device)
-    y = dora_linear(x, *rest, backend="triton")
+    y = dora_linear(torch.ones(shape, device=device), *rest, backend="triton")
     assert y.shape == (*shape[:-1], 20)
     if y.numel():
-        near(y, dora_linear(x, *rest, backend="reference"))
+        near(y, dora_linear(torch.ones(shape, device=device), *rest, backend="reference"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -209,8 +206,7 @@ def test_norm_kernel(base, adapter, left, device):
     form loses its digits; peft's dense norm in the weight's dtype is worse in 16 bits."""
     base, adapter = PRECISIONS[base].base, PRECISIONS[adapter].base
     _, w, a, b, _ = tensors(K=136, N=141, R=17, device=device)
-    a, b = a.to(adapter), b.to(adapter)
-    scale = 0.5
+    a, b, scale = a.to(adapter), b.to(adapter), 0.5
     if left < 1:
         w = left * w - scale * (b.double() @ a.double()).float()
     w = w.to(base)
@@ -227,14 +223,6 @@ def test_norm_kernel(base, adapter, left, device):
         assert error < float(((stock - exact) / exact).abs().max()) / 10
 
 
-def test_norm_strides(device):
-    """Conv1D's transposed weight, and adapters of any strides."""
-    _, w, a, b, _ = tensors(K=40, N=33, device=device)
-    want = row_norm(w, a, b, 0.5, backend="triton")
-    turned = [t.t().contiguous().t() for t in (w, a, b)]
-    assert torch.equal(row_norm(*turned, 0.5, backend="triton"), want)
-
-
 def test_norm_builds_no_matrix(device):
     """No intermediate as large as W: the norm's partial sums are a hundredth of it."""
     x, w, a, b, m = tensors(rows=16, K=256, N=256, R=8, device=device)
@@ -244,6 +232,8 @@ def test_norm_builds_no_matrix(device):
     tile = kernels.config(kernels.Dims(16, 256, 256, 8), torch.float32, 90).norm
     assert 256 * math.ceil(256 / tile.cols) <= w.numel() / 32
     near(norm, reference.row_norm(w, a, b, 1.0))
+    turned = [t.t().contiguous().t() for t in (w, a, b)]  # Conv1D's weight
+    assert torch.equal(row_norm(*turned, 1.0, backend="triton"), norm)
 
 
 # -- what keeps the norm -------------------------------------------------------------------------------------------
@@ -280,7 +270,7 @@ def loaded(m):
 
 def merged_and_back(m):
     m.merge()
-    m(torch.ones(1, 24, device=m.weight.device))
+    m(torch.ones(1, 24))
     m.unmerge()
 
 
@@ -370,6 +360,20 @@ def test_a_forward_with_gradients_drops_the_norm():
             near(m(x), fresh(m, x).detach())
 
 
+def test_another_tensor_at_the_same_address():
+    """What the allocator may do after `.data = ...`, made certain: equal address and version, other numbers."""
+    m, x = model(), tensors()[0]
+    memory_of_weight = m.weight.detach().numpy().copy()
+    with dora.cached_norms(), torch.no_grad():
+        m.weight.data = torch.from_numpy(memory_of_weight)
+        m(x)
+        address, version = m.weight.data_ptr(), m.weight._version
+        memory_of_weight *= 1.5
+        m.weight.data = torch.from_numpy(memory_of_weight)
+        assert (m.weight.data_ptr(), m.weight._version) == (address, version)
+        near(m(x), fresh(m, x))
+
+
 def test_copies_keep_nothing():
     m, x = model(), tensors()[0]
     with dora.cached_norms(), torch.no_grad():
@@ -382,8 +386,6 @@ def test_copies_keep_nothing():
         }  # fmt: skip
         with torch.inference_mode():
             m(x)
-        buffer = io.BytesIO()
-        torch.save(m, buffer)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -502,6 +504,8 @@ def test_swapped_runs_the_op(device):
         with meter.launches() as counts:
             run_layer(owner.train(), x)
         assert counts["dora_down_kernel"] == (p > 0)
+        owner["fc"].training = False  # peft asks the layer itself, whatever its dropout says
+        near(run_layer(owner, x)["y"], want["y"], 1e-5)
         with vlkernels.use_backend("reference"):
             assert torch.equal(run_layer(owner.eval(), x)["y"], want["y"])
         vlkernels.unswap(owner)
@@ -513,13 +517,13 @@ def test_swapped_float32_adapters_over_bf16(device):
     x = torch.randn(7, 20, device=device).bfloat16()
     want = run_layer(owner, x)
     vlkernels.swap(owner)
-    for compute, eps in (("peft", torch.bfloat16), ("base", torch.bfloat16)):
+    for compute in ("peft", "base"):
         vlkernels.swap(owner, lora_compute=compute)
         got = run_layer(owner, x)
         assert got["y"].dtype == torch.bfloat16
         for name, value in want.items():
             assert got[name].dtype == value.dtype
-            near(got[name], value, 8 * torch.finfo(eps).eps)
+            near(got[name], value, 8 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_swapped_sees_the_weight_change(device):
@@ -569,8 +573,8 @@ def test_left_to_peft(device):
 @pytest.mark.skipif(not meter._tl.INTERPRETED.value, reason="bytes are counted in the interpreter")
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_saved_bytes_and_flops(p):
-    """At an eighth of 4096 x 4096, r = 128, in bf16. Of stock peft's bytes level 0 keeps at most 0.36, level 1 0.10: ours
-    besides x, which what made it mostly keeps too, against all that peft keeps; both without x, 0.51 and 0.02.
+    """At an eighth of 4096 x 4096, r = 128, in bf16. Level 0 keeps at most 0.36 of stock peft's bytes, level 1 0.10:
+    ours besides x, which what made it mostly keeps too, against all that peft keeps; both without x, 0.51 and 0.02.
     FLOPs beside: no more than peft's at level 0, one product with W more at level 1."""
     pytest.importorskip("peft")
     dims = {"T": 128, "K": 512, "N": 512, "R": 16}

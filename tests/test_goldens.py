@@ -20,8 +20,20 @@ R3 = DIR / "lora_linear_r3.safetensors"
 KERNELS_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 on_triton = pytest.mark.skipif(not KERNELS_RUN, reason="neither a GPU nor Triton's interpreter")
 BACKENDS = ["reference", pytest.param("triton", marks=on_triton)]
-# nothing to fuse in them
-NO_OP = ("epalm", "fp4", "fromage", "llava_linear", "lora_embedding", "magma", "nf4", "vl_adapter")
+# the ops of a file, by the first beginning of its name that fits
+OPS = {
+    # nothing to fuse in them
+    **dict.fromkeys(("epalm", "fp4", "fromage", "llava_linear", "lora_embedding", "magma", "nf4",
+                     "vl_adapter"), ()),
+    "lora_attention_bias": ("lora_qkv",),
+    "lora_llama_layer_r5": ("lora_linear", "lora_mlp", "lora_qkv"),
+    "lora_llama_layer_some": ("lora_mlp", "lora_qkv"),
+    "lora_mlp": ("lora_mlp",),
+    "lora_qkvo": ("lora_linear", "lora_qkv"),
+    "dora": ("dora_linear",),
+    **dict.fromkeys(("lora", "qlora"), ("lora_linear",)),
+    "": ("mlp_projector",),
+}  # fmt: skip
 # a quantisation and nothing to differentiate
 NO_GRADIENT = ("fp4", "nf4")
 
@@ -51,17 +63,9 @@ def test_all_pass(capsys, tmp_path, backend):
     assert len(lines) == len(files) >= 21
     ran = []
     for name, line in zip(files, lines, strict=True):
-        op = (
-            "none"
-            if name.startswith(NO_OP)
-            else "lora_linear"
-            if name.startswith(("lora", "qlora"))
-            else "dora_linear"
-            if name.startswith("dora")
-            else "mlp_projector"
-        )
-        ran.append([] if op == "none" else [[op, backend]])
-        says = "none" if op == "none" else f"{op}={backend}"
+        ops = next(ops for beginning, ops in OPS.items() if name.startswith(beginning))
+        ran.append([[op, backend] for op in ops])
+        says = " ".join(f"{op}={backend}" for op in ops) or "none"
         assert line.startswith(f"{name}: ") and line.endswith(f"; ops run: {says}; passed")
     assert summary == f"{len(files)} passed, 0 failed, 0 no such module"
     records = json.loads((tmp_path / "records.json").read_text())

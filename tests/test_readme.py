@@ -28,7 +28,7 @@ def run(*command: str, **kwargs) -> str:
 def test_swap_example():
     pytest.importorskip("peft")
     code = next(body for kind, body in BLOCKS if kind == "python" and "vlkernels.swap" in body)
-    assert "14 modules swapped, 0 left" in run(sys.executable, "-c", code)
+    assert "18 modules swapped, 0 left" in run(sys.executable, "-c", code)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m vlkernels ")])

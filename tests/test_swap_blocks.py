@@ -328,3 +328,29 @@ class _LeanNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         raise NotImplementedError
+
+
+def test_four_bits(device):
+    """Blocks over bitsandbytes' 4-bit layers: one node a group, the numbers of the swapped layers one by one."""
+    bnb = pytest.importorskip("bitsandbytes")
+    plain = model_of(config={"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}).base_model.unload()
+    for block in (m for m in plain.modules() if type(m).__name__ in ("LlamaAttention", "LlamaMLP")):
+        for name, child in list(block.named_children()):
+            if isinstance(child, nn.Linear):
+                packed = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, False, torch.float32, quant_type="nf4"
+                )
+                packed.load_state_dict(child.state_dict())
+                setattr(block, name, packed.to(device))
+    plain.is_loaded_in_4bit = True
+    model = peft.get_peft_model(plain.to(device), peft.LoraConfig(r=4, target_modules=ALL, init_lora_weights=False))
+    step(model.train())  # bitsandbytes settles its compute dtype in the first call
+    vlkernels.swap(model, include="Linear4bit")
+    want, ops = ran(model)
+    assert ops == {"lora_linear": 7}
+    vlkernels.unswap(model)
+    vlkernels.swap(model, fuse_norms=True)
+    got, ops = ran(model)
+    assert ops == {"lora_qkv": 1, "lora_linear": 1, "lora_mlp": 1}
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])

@@ -2,7 +2,8 @@
 
 from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
-from .modules import DoRALinear, LoRALinear
+from .modules import DoRALinear, LoRALinear, QLoRALinear
+from .modules.quantized import release_scratch, scratch_limit
 from .ops.dora_linear import dora_linear
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
@@ -15,6 +16,7 @@ __all__ = [
     "BackendRefused",
     "DoRALinear",
     "LoRALinear",
+    "QLoRALinear",
     "dora_linear",
     "explain",
     "linear_projector",
@@ -22,6 +24,8 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "mlp_projector",
+    "release_scratch",
+    "scratch_limit",
     "swap",
     "unswap",
     "use_backend",

@@ -6,6 +6,7 @@ backends come from the op.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vlkernels import backends
 from vlkernels.op import Op
+from vlkernels.testing import compare
 from vlkernels.testing.case import Case, Precision
 
 
@@ -28,16 +30,18 @@ class Unavailable(Exception):
 class Instance:
     """One input set of a provider: `forward` computes the outputs, `leaves` get gradients, by argument name.
 
-    frozen: what else is in memory whether or not anything is saved for backward.
+    frozen: what else is in memory whether or not anything is saved for backward. within: a context for the backward.
     """
 
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor]
     frozen: tuple[Tensor, ...] = ()
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def backward(self, y: Tensor | tuple[Tensor, ...], dy: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients as new tensors: nothing is accumulated, so that all providers pay the same."""
-        return torch.autograd.grad(y, tuple(self.leaves.values()), dy)
+        with self.within():
+            return torch.autograd.grad(y, tuple(self.leaves.values()), dy)
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Provider:
 
     kind: "ours", "baseline", "peer", or "bound" (computes less than the op: a lower bound, never checked against it).
     exact_dropout: draws the reference's own mask, so that it is checked with dropout; others are checked at p = 0.
+    plan: which of the op's plans it follows, where that is not the default one.
     """
 
     name: str
     build: Callable[[Case, dict, Precision], Instance]
     kind: str = "baseline"
     exact_dropout: bool = False
+    plan: str = ""
 
 
 def ours(op: Op, backend: str) -> Provider:
@@ -70,6 +76,29 @@ def ours(op: Op, backend: str) -> Provider:
         return Instance(forward, leaves, frozen_of(arguments))
 
     return Provider(backend, build, "ours", exact_dropout=True)
+
+
+def planned(op: Op, backend: str, plan: str, refuses: Callable[[dict, Precision], str | None]) -> Provider:
+    """The op forced onto one backend and one of its cases module's PLANS. refuses: why a case cannot follow it."""
+    default, module = ours(op, backend), compare.cases_of(op)
+
+    def build(case: Case, arguments: dict, precision: Precision) -> Instance:
+        reason = refuses(arguments, precision)
+        if reason is not None:
+            raise Unavailable(reason)
+        with module.planned(plan, arguments) as arguments:
+            instance = default.build(case, arguments, precision)
+
+        def within():
+            return module.planned(plan, arguments)
+
+        def forward() -> Tensor:
+            with within():
+                return instance.forward()
+
+        return dataclasses.replace(instance, forward=forward, within=within)
+
+    return dataclasses.replace(default, name=f"{backend} {plan}", build=build, plan=plan)
 
 
 def _values(op: Op, arguments: dict, precision: Precision) -> tuple:
@@ -99,7 +128,9 @@ def of(op: Op, kernels: bool = True, peers: bool = False) -> list[Provider]:
     module = module_of(op)
     if peers:
         return list(module.PEERS) if module else []
-    found = [ours(op, name) for name in backends.ORDER if name != "reference" and kernels and is_built(op, name)]
+    built = [name for name in backends.ORDER if name != "reference" and kernels and is_built(op, name)]
+    found = [ours(op, name) for name in built]
+    found += [planned(op, name, *plan) for name, *plan in getattr(module, "PLANS", ()) if name in built]
     return found + (list(module.PROVIDERS) if module else [dataclasses.replace(ours(op, "reference"), kind="baseline")])
 
 

@@ -184,6 +184,28 @@ PROVIDERS = (
     Provider("frozen linear", _frozen, "bound"),
 )
 
+
+def _one_layer(kw: dict, precision: Precision) -> str | None:
+    return "a call with base or with a 4-bit weight keeps the default plan" if _keeps_default(kw) else None
+
+
+def _one_dtype(kw: dict, precision: Precision) -> str | None:
+    if _keeps_default(kw) or kw["weight"].dtype == kw["b"].dtype:
+        return _one_layer(kw, precision)
+    return f"weight is {kw['weight'].dtype}, B {kw['b'].dtype}: they cannot share a buffer"
+
+
+def _keeps_default(kw: dict) -> bool:
+    return kw["base"] is not None or kw.get("quant") is not None
+
+
+# (backend, plan of cases.PLANS, why a case cannot follow it)
+PLANS = (
+    ("triton", "two_source", _one_layer),
+    ("triton", "packed", _one_dtype),
+    ("cuda", "two_source", _one_layer),
+)
+
 # each patches libraries when imported: timed in a process of their own
 PEERS = (Provider("unsloth", _unsloth, "peer"), Provider("lorafusion", _lorafusion, "peer"))
 

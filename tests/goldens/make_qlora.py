@@ -1,4 +1,4 @@
-"""Writes the 4-bit goldens `{nf4,fp4,qlora}_*__own.safetensors` with bitsandbytes: `python tests/goldens/make_qlora.py`.
+"""Writes the 4-bit goldens `{nf4,fp4,qlora}_*__own.safetensors`: `python tests/goldens/make_qlora.py`.
 
 They cover what the public files leave out: fp4, plain absmax, other block sizes, odd counts, outliers, zero blocks.
 bitsandbytes quantises; its pure PyTorch code dequantises, for its compiled CPU code is wrong where blocks cross rows.

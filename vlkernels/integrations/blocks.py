@@ -38,6 +38,8 @@ _ACTS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GE
 def _projection(name: str, child: nn.Module, x: Tensor) -> tuple[dict, float | None] | str:
     """(arguments of the group op, dropout of the adapter or None without one), or why the child runs by itself."""
     if not hasattr(child, "vlkernels_group_values"):
+        if hasattr(child, "lora_A"):
+            return f"{name} is not swapped"
         reason = child_problem(name, child, (nn.Linear, PlainLinear))
         return reason or ({"weight": child.weight, "bias": child.bias}, None)
     reason = hook_problem(name, child)
@@ -49,7 +51,7 @@ def _projection(name: str, child: nn.Module, x: Tensor) -> tuple[dict, float | N
 
 def _group_values(block: nn.Module, names: tuple[str, ...], x: Tensor) -> dict | str:
     """Arguments of a group op for the block's projections `<name>_proj`, or why they run by themselves."""
-    arguments, dropouts, computes = {}, set(), set()
+    arguments, dropouts, computes, blocksizes = {}, set(), set(), set()
     for name in names:
         child = getattr(block, f"{name}_proj", None)
         if child is None:
@@ -61,12 +63,22 @@ def _group_values(block: nn.Module, names: tuple[str, ...], x: Tensor) -> dict |
         if p is not None:
             dropouts.add(p)
             computes.add(values.pop("dtype"))
+            blocksizes.add(values.pop("blocksize", None))
         arguments |= {f"{name}_{field}": value for field, value in values.items()}
     if not dropouts:
         return "none of its projections has an adapter"
     if len(dropouts) > 1 or len(computes) > 1:
         return f"its adapters have different dropouts {sorted(dropouts)} or compute dtypes"
-    return arguments | {"p": dropouts.pop(), "dtype": computes.pop()}
+    if len(blocksizes) > 1 or (None not in blocksizes and any(f"{name}_quant" not in arguments for name in names)):
+        return "its projections are quantised differently"
+    blocksize = blocksizes.pop()
+    packed = {} if blocksize is None else {"blocksize": blocksize}
+    return arguments | packed | {"p": dropouts.pop(), "dtype": computes.pop()}
+
+
+def _returned(layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype that the layer returns: over a 4-bit base peft gives that of its input, also under autocast."""
+    return y.to(x.dtype) if getattr(layer, "vlkernels_returns_input_dtype", False) else y
 
 
 def _norm_arguments(norm: nn.Module | None) -> dict | str:
@@ -91,8 +103,10 @@ def _state(block: nn.Module, op, values: dict | str) -> tuple[str, str]:
 def _rows(block: nn.Module, child: str) -> Tensor:
     """Rows such as the block sees in training, for its report."""
     layer = getattr(block, child)
-    weight = getattr(layer, "base_layer", layer).weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    base = getattr(layer, "base_layer", layer)
+    weight = base.weight
+    # of a 4-bit base its compute dtype
+    dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
     return torch.empty((1024, layer.in_features), dtype=dtype, device=weight.device)
 
 
@@ -143,7 +157,7 @@ def attention_class(original: type) -> type:
                 return super().forward(hidden_states, *args, **kwargs)
             children = [getattr(self, f"{name}_proj") for name in names]
             for child, y in zip(children, lora_qkv.run(values, backend), strict=True):
-                child._vlkernels_given = (hidden_states, y)
+                child._vlkernels_given = (hidden_states, _returned(child, y, hidden_states))
             try:
                 return super().forward(hidden_states, *args, **kwargs)
             finally:
@@ -185,7 +199,9 @@ def mlp_class(original: type) -> type:
                 return super().forward(x)
             values = lora_mlp.values(**values)
             backend = backends.choose(lora_mlp, values)
-            return super().forward(x) if backend == "reference" else lora_mlp.run(values, backend)
+            if backend == "reference":
+                return super().forward(x)
+            return _returned(self.down_proj, lora_mlp.run(values, backend), x)
 
         def _vlkernels_values(self, x: Tensor, norm: nn.Module | None) -> dict | str:
             """Arguments of lora_mlp; with the layer's norm also the residual."""
@@ -235,7 +251,7 @@ def layer_class(original: type) -> type:
                 values = lora_mlp.values(**values)
                 backend = backends.choose(lora_mlp, values)
                 if backend != "reference":
-                    return lora_mlp.run(values, backend)
+                    return _returned(mlp.down_proj, lora_mlp.run(values, backend), hidden_states)
             return hidden_states + mlp(norm(hidden_states))
 
         def _vlkernels_problem(self) -> str | None:

@@ -13,6 +13,7 @@ from ..op import Op
 from ..ops.dora_linear import dora_linear
 from ..ops.lora_linear import lora_linear
 from . import peft_dora
+from .blocks import PlainLinear
 from .swap import finished, training_backend
 
 
@@ -27,10 +28,10 @@ def linear_class(original: type) -> type:
         _vlkernels_given = None  # (x, y) that a swapped attention block computed for this layer, during its call
 
         def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-            given = self._vlkernels_given
-            if given is not None and given[0] is x:
-                return given[1]
             plain_call = not args and all(value is None for value in kwargs.values())
+            given = self._vlkernels_given
+            if plain_call and given is not None and given[0] is x:
+                return given[1]
             if not plain_call or self._vlkernels_problem(x.dtype) is not None:
                 return super().forward(x, *args, **kwargs)
             y = None
@@ -57,7 +58,7 @@ def linear_class(original: type) -> type:
         def _vlkernels_arguments(self, name: str) -> dict:
             """Arguments of lora_linear besides x, for one adapter over the base layer."""
             base, dropout, b = self.base_layer, self.lora_dropout[name], self.lora_B[name]
-            weight = base.weight if type(base) is nn.Linear else base.weight.t()
+            weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
             return {
                 "weight": weight,
                 "a": self.lora_A[name].weight,
@@ -88,10 +89,10 @@ def linear_class(original: type) -> type:
                 return "adapters are disabled"
             if self.merged:
                 return "adapters are merged"
-            reason = child_problem("base_layer", self.base_layer, (nn.Linear, *conv1d))
+            reason = child_problem("base_layer", self.base_layer, (nn.Linear, PlainLinear, *conv1d))
             if reason is not None:
                 return reason
-            if type(self.base_layer) is nn.Linear and self.fan_in_fan_out:
+            if isinstance(self.base_layer, nn.Linear) and self.fan_in_fan_out:
                 return "fan_in_fan_out over an nn.Linear"
             weight = self.base_layer.weight
             if dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):

@@ -68,9 +68,6 @@ class NormCache:
     def __reduce__(self):
         return NormCache, ()
 
-    def __deepcopy__(self, memo) -> NormCache:
-        return NormCache()
-
 
 def _state(t: Tensor) -> tuple:
     return t._version, t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride()

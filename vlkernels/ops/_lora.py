@@ -6,7 +6,7 @@ share the passes over it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -56,6 +56,7 @@ class Config:
     up: Tile | None  # ds and dB from one read of dy
     two_source: _lora_two_source.Tile  # y = scale s Bᵀ + x Wᵀ, under that plan
     two_source_dx: _lora_two_source.Tile  # dx = mask (ds A) + dy W
+    packed: Tile  # s and [x, scale s], under that plan
     plan: str  # of _lora_plan.PLANS
 
 
@@ -99,7 +100,8 @@ def config(
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial costs 8 R bytes a column to write and read back against 2 bytes a row saved by parallelism
         splits = max(1, min(triton.cdiv(sms, programs), dims.T // max(64, 4 * rank)))
-        warps = _warps(cols * held * group, 128 * 64, arch, group)
+        # three tf32 passes over 64x64 spill on sm_100 at four warps
+        warps = 8 if arch == 100 and wide and held == 64 else _warps(cols * held * group, 128 * 64, arch, group)
         return Tile(32 if wide else 64, cols, held, warps=warps, splits=splits)
 
     up = None
@@ -117,16 +119,25 @@ def config(
         outer_dy=outer(dims.N),
         outer_x=outer(dims.K, group),
         up=up,
-        two_source=_lora_two_source.tile(dims.T, dims.N, dims.R, plain, dtype, arch),
-        two_source_dx=_lora_two_source.tile(dims.T, dims.K, dims.R, plain, dtype, arch),
+        two_source=_lora_two_source.tile(dims.T, dims.N, dims.R, plain, dtype, arch, masked=False),
+        two_source_dx=_lora_two_source.tile(dims.T, dims.K, dims.R, plain, dtype, arch, masked=True),
+        # four warps spill on sm_100 beside the copy
+        packed=replace(down(dims.K), warps=8) if arch == 100 else down(dims.K),
         plan=_lora_plan.DEFAULT,
     )
-    return tuned("lora_linear", arch, found, key(dims, dtype, loaded, group, plain))
+    return tuned("lora_linear", arch, found, config_key(dims, dtype, arch, loaded, group, plain))
 
 
-def key(dims: Dims, dtype: torch.dtype, loaded: torch.dtype | None, group: int, plain: torch.dtype) -> dict:
-    """What a tuned record of config() is found by."""
-    return {**vars(dims), "dtype": dtype, "loaded": loaded or dtype, "group": group, "plain": plain}
+def config_key(
+    dims: Dims,
+    dtype: torch.dtype,
+    arch: int,
+    loaded: torch.dtype | None = None,
+    group: int = 1,
+    plain: torch.dtype | None = None,
+) -> dict:
+    """What a tuned record of config(), called with these arguments, is found by on that architecture."""
+    return {**vars(dims), "dtype": dtype, "loaded": loaded or dtype, "group": group, "plain": plain or dtype}
 
 
 def _warps(accumulators: int, most: int, arch: int, group: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from . import _lora, _norm
+from . import _lora, _nf4, _nf4_triton, _norm
 from ._device import arch
 
 
@@ -22,6 +22,34 @@ class Shape:
     R: int
     bias: bool = False
     lora_bias: bool = False
+    blocksize: int = 0  # of a weight in 4 bits with nested absmax
+
+    def weight_bytes(self, K: int, e: int) -> int:
+        """Of the weight in memory."""
+        return packed_bytes(self.N, K, self.blocksize, True) if self.blocksize else e * self.N * K
+
+    def product(self, T: int, K: int, e: int) -> dict[str, int]:
+        """x Wᵀ + bias, and dy W."""
+        forward = e * (T * K + self.N * K + T * self.N + self.N * self.bias)
+        backward = e * (T * self.N + self.N * K + T * K)
+        if not self.blocksize:
+            return {"forward": forward, "backward": backward}
+        packed = self.weight_bytes(K, e)
+        dequantise = packed + e * self.N * K
+        if _nf4_triton.fused_reason(T, (self.N, K)) is not None:
+            # once: backward finds the weight where forward left it
+            return {"forward": forward + dequantise, "backward": backward}
+        dtype = torch.float32 if e == 4 else torch.bfloat16
+        splits = _nf4_triton.config(T, (self.N, K), self.blocksize, dtype, arch(torch.empty(0))).splits
+        fused = e * T * K + packed + e * self.N * self.bias + partial(splits, T * self.N, e)
+        return {"forward": fused, "backward": backward + dequantise}
+
+
+def packed_bytes(N: int, K: int, blocksize: int, double: bool) -> int:
+    """What is read of a 4-bit weight (N, K): of the nested code what the blocks name."""
+    blocks = _nf4.block_count((N, K), blocksize)
+    absmax = blocks + 4 * min(blocks, 128) if double else 4 * blocks
+    return _nf4.packed_count((N, K)) + 64 + absmax
 
 
 def partial(splits: int, size: int, itemsize: int) -> int:
@@ -41,7 +69,7 @@ def _shared(T: int, K: int, group: list[Shape], e: int) -> _lora.Config | None:
 
 def forward(T: int, K: int, group: list[Shape], e: int, dropout: bool) -> int:
     """The products, one pass over x for all s, one over each adapted y."""
-    moved = sum(e * (T * K + s.N * K + T * s.N + s.N * s.bias) for s in group)
+    moved = sum(s.product(T, K, e)["forward"] for s in group)
     shared = _shared(T, K, group, e)
     if shared is None:
         return moved
@@ -56,7 +84,7 @@ def backward(T: int, K: int, group: list[Shape], e: int, dropout: bool, trained_
     shared = _shared(T, K, group, e)
     moved = 0
     for index, s in enumerate(group):
-        moved += e * (T * s.N + s.N * K + T * K * (2 if index else 1))
+        moved += s.product(T, K, e)["backward"] + e * T * K * (index > 0)
         if trained_biases and (s.bias or s.lora_bias):
             vector = e * s.N
             moved += e * T * s.N + 4 * s.N

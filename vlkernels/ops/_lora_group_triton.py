@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _lora, _refuse
+from . import _lora, _nf4_triton, _refuse
 from ._device import arch
 from ._dropout import keep_factor
 from ._lora import Dims, config
@@ -15,12 +15,14 @@ from ._lora_group import Branch, adapted
 
 
 def refuses(group: list[Branch], x: Tensor, dtype: torch.dtype | None) -> str | None:
-    named = {f"{b.name}_{f}": getattr(b, f) for b in group for f in ("weight", "a", "b")}
+    named = {
+        f"{b.name}_{f}": getattr(b, f) for b in group for f in ("weight", "a", "b") if f != "weight" or b.quant is None
+    }
     if (reason := _refuse.common(x, dtype, **named)) is not None:
         return reason
     for branch in group:
-        if branch.weight.shape[0] == 0 or branch.weight.shape[1] == 0:
-            return f"zero channels: {branch.name}_weight {tuple(branch.weight.shape)}"
+        if branch.out == 0 or branch.width == 0:
+            return f"zero channels: {branch.name}_weight {(branch.out, branch.width)}"
         if branch.a is None:
             continue
         if dtype is None and branch.a.dtype not in (x.dtype, torch.float32):
@@ -32,7 +34,7 @@ def refuses(group: list[Branch], x: Tensor, dtype: torch.dtype | None) -> str | 
 
 def _config(branch: Branch, rows: int, low: torch.dtype, x: Tensor):
     """Tiles of the passes over the projection's own y and dy."""
-    dims = Dims(rows, branch.weight.shape[1], branch.weight.shape[0], branch.a.shape[0])
+    dims = Dims(rows, branch.width, branch.out, branch.a.shape[0])
     return config(dims, low, arch(x), _lora.loaded(x, branch.a))
 
 
@@ -40,8 +42,28 @@ def _shared_config(group: list[Branch], rows: int, low: torch.dtype, x: Tensor):
     """Tiles of the passes over x and dx, which all adapters share."""
     with_adapter = adapted(group)
     rank = max(b.a.shape[0] for b in with_adapter)
-    dims = Dims(rows, group[0].weight.shape[1], group[0].weight.shape[0], rank)
+    dims = Dims(rows, group[0].width, group[0].out, rank)
     return config(dims, low, arch(x), _lora.loaded(x, *(b.a for b in with_adapter)), len(with_adapter))
+
+
+def _dense(branch: Branch, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) in `dtype`; a packed one is dequantised, and kept for a moment."""
+    if branch.quant is None:
+        return branch.weight.to(dtype)
+    shape = branch.out, branch.width
+    return _nf4_triton.dense(branch.weight, branch.quant, shape, branch.blocksize, branch.quant_dtype, dtype)
+
+
+def _linear(branch: Branch, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + bias; few rows over a packed weight read it in 4 bits."""
+    bias = None if branch.bias is None else branch.bias.to(dtype)
+    shape, rows = (branch.out, branch.width), x.numel() // max(branch.width, 1)
+    if branch.quant is not None and rows and _nf4_triton.fused_reason(rows, shape) is None:
+        y = _nf4_triton.linear(
+            _lora.rows(x), branch.weight, branch.quant, bias, shape, branch.blocksize, branch.quant_dtype, dtype
+        )
+        return y.view(*x.shape[:-1], branch.out)
+    return F.linear(x, _dense(branch, dtype), bias)
 
 
 def forward(
@@ -49,7 +71,7 @@ def forward(
 ) -> list[Tensor]:
     """The y_i (..., N_i) in `dtype`; fills ss with s_i."""
     wide = x.to(dtype)
-    ys = [F.linear(wide, b.weight.to(dtype), None if b.bias is None else b.bias.to(dtype)) for b in group]
+    ys = [_linear(branch, wide, dtype) for branch in group]
     x2 = _lora.rows(x)
     with_adapter = adapted(group)
     if x2.shape[0] == 0 or not with_adapter:
@@ -100,7 +122,7 @@ def backward(
             if need["lora_bias"]:
                 grads[f"{branch.name}_lora_bias"] = (sums * branch.scale).to(branch.lora_bias.dtype)
         if need_x:
-            weight = branch.weight.to(dtype)
+            weight = _dense(branch, dtype)
             plain = dy2 @ weight if plain is None else plain.addmm_(dy2, weight)
         if branch.a is not None:
             tiles = _config(branch, rows, s.dtype, x)

@@ -36,7 +36,7 @@ class Tile:
     group: int = 8
 
 
-def tile(rows: int, width: int, rank: int, dtype: torch.dtype, low: torch.dtype, arch: int) -> Tile:
+def tile(rows: int, width: int, rank: int, dtype: torch.dtype, low: torch.dtype, arch: int, masked: bool) -> Tile:
     """By shape; dtype of x and w, low of s and b. The steps follow the compiler's registers, no timing yet."""
     tall, wide = cover(rows, 128), cover(width, 128)
     # sm_90 and sm_100 multiply from shared memory; before and beside them operands take registers too
@@ -49,8 +49,9 @@ def tile(rows: int, width: int, rank: int, dtype: torch.dtype, low: torch.dtype,
     if low == torch.float32:
         # the float32 term in tf32 passes spills at 256 columns, on sm_80 also at 128x128 with 32 of the rank
         return Tile(tall, wide, 64, cover(rank, 32 if large else 16), warps=8, stages=3)
-    # 256 columns read x half as often and leave two stages room beside 64 of the rank; sm_80 spills there
-    return Tile(tall, cover(width, 256) if large else wide, 64, cover(rank, 64), warps=8, stages=3)
+    # 256 columns read x half as often; sm_80 spills there, sm_100 beside the mask's integers
+    wide = cover(width, 256) if arch in (0, 90) or (arch == 100 and not masked) else wide
+    return Tile(tall, wide, 64, cover(rank, 64), warps=8, stages=3)
 
 
 def cover(size: int, most: int) -> int:

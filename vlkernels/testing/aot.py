@@ -238,21 +238,24 @@ def check(arch: int, op_name: str | None, precisions: tuple[str, ...] | None, jo
     from .. import backends
 
     names = [op_name] if op_name else sorted(backends.OPS)
-    results = []
+    needed: dict[Build, list[tuple[str, list[str]]]] = {}  # ops share kernels: each build once, with its ops' cases
     for name in names:
         if name not in backends.OPS:
             raise SystemExit(f"no op named {name!r}; there are {', '.join(sorted(backends.OPS))}")
-        builds = recorded_builds(backends.OPS[name], arch, precisions)
-        with ProcessPoolExecutor(jobs) as pool:
-            futures = {pool.submit(compile_build, build): (build, cases) for build, cases in builds.items()}
-            for done in as_completed(futures):
-                build, cases = futures[done]
-                config = {k: v for k, v in build.constants if k.isupper()} | dict(build.options)
+        for build, cases in recorded_builds(backends.OPS[name], arch, precisions).items():
+            needed.setdefault(build, []).append((name, cases))
+    results = []
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = {pool.submit(compile_build, build): build for build in needed}
+        for done in as_completed(futures):
+            build = futures[done]
+            config = {k: v for k, v in build.constants if k.isupper()} | dict(build.options)
+            for name, cases in needed[build]:
                 result = Result(name, build.kernel, arch, cases, config, **done.result())
                 result.problems = problems(result)
                 results.append(result)
-                print(_line(result), flush=True)
-    return results
+            print(_line(results[-1]), flush=True)
+    return sorted(results, key=lambda r: r.op)
 
 
 def _line(r: Result) -> str:

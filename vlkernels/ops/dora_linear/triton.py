@@ -68,16 +68,22 @@ def config(dims: Dims, dtype: torch.dtype, arch: int, loaded: torch.dtype | None
         # three tf32 passes over a wider tile spill 114 times before wgmma
         up = dataclasses.replace(up, cols=min(64, up.cols))
     cols = min(128, cover(dims.N))
-    # four programs an SM hide the latency of two streams; a range has at least eight tiles of rows
+    # four programs an SM hide the latency of two streams; a range has at least four tiles of rows
     splits = max(1, min(triton.cdiv(4 * multiprocessors(arch), triton.cdiv(dims.N, cols)), dims.T // 128))
-    columns = Tile(16, cols, 0, warps=4, splits=splits)
+    columns = Tile(32, cols, 0, warps=8, splits=splits)
+
+    def outer(tile: Tile) -> Tile:
+        # on sm_100 a whole result, without partial sums, spills twice over four warps
+        large = tile.splits == 1 and tile.cols * tile.rank > 64 * 128
+        return dataclasses.replace(tile, warps=8) if arch >= 100 and large else tile
+
     return Config(
         down=low.down,
         update=low.update,
         update_dx=low.update_dx,
         down_dy=wide_b.down_dy,
-        outer_dy=low.outer_dy,
-        outer_x=low.outer_x,
+        outer_dy=outer(low.outer_dy),
+        outer_x=outer(low.outer_x),
         up=up,
         norm=norm,
         columns=columns,

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ...testing.case import Case, Make
-from .. import _lora_plan, _nf4, _nf4_triton
+from .. import _lora_bytes, _lora_plan, _nf4, _nf4_triton
 from .._device import arch
 from .._lora import Config, Dims, config
 from .plans import packed_copies
@@ -139,10 +139,7 @@ def _packed_bytes(case: Case) -> int:
     """What is read of a 4-bit weight, the codes and absmax; of the nested code what the blocks name."""
     if not case.get("quant"):
         return 0
-    shape, blocksize = (case["N"], case["K"]), case.get("blocksize", 64)
-    blocks = _nf4.block_count(shape, blocksize)
-    absmax = blocks + 4 * min(blocks, 128) if case.get("double", True) else 4 * blocks
-    return _nf4.packed_count(shape) + 64 + absmax
+    return _lora_bytes.packed_bytes(case["N"], case["K"], case.get("blocksize", 64), case.get("double", True))
 
 
 def _product_bytes(case: Case, e: int, bias: int) -> dict[str, int]:
@@ -191,7 +188,7 @@ def bytes_moved(case: Case, itemsize: int, plan: str = _lora_plan.DEFAULT) -> di
     forward = e * (T * K + R * K) + mask
     if plan == "packed":
         # x copied; s, through fp32 partial sums, once for backward and once scaled beside x
-        splits = tiles.down.splits
+        splits = tiles.packed.splits
         forward += e * (T * K + 2 * T * R) + (8 * splits * T * R if splits > 1 else 0)
         forward += e * (T * (K + R) + N * (K + R) + T * N) + _bias_bytes(case, e)
     else:

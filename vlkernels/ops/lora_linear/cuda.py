@@ -1,4 +1,5 @@
-"""lora_linear with the compiled rank-r update; the one-pass products stay those of triton.py."""
+"""lora_linear with the compiled rank-r update, under the plan "two_source" with the compiled product where that takes
+the operands; everything else stays as in triton.py."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
+from .. import _lora_two_source, _two_source
 from . import triton as skinny
 
 _MINIMUM = (8, 0)
@@ -26,11 +28,11 @@ def declines(
 
 
 def forward(*values) -> tuple[Tensor, Tensor]:
-    return skinny.forward(*values, update=_update)
+    return skinny.forward(*values, update=_update, product=_product)
 
 
 def backward(dy, **context) -> dict[str, Tensor]:
-    return skinny.backward(dy, **context, update=_update)
+    return skinny.backward(dy, **context, update=_update, product=_product)
 
 
 @torch.compiler.assume_constant_result
@@ -65,3 +67,20 @@ def _update(base, pairs, bias, seed, scale, p, out, tile) -> None:
     """update as triton.py calls it: no base means zero, and the tile is the Triton kernel's own affair."""
     ((s, b),) = pairs
     update(out.zero_() if base is None else base, s, b, bias, seed, scale, p, out)
+
+
+def _product(x, w, s, b, bias, lora_bias, seed, scale, p, out, tile) -> None:
+    """The product over two sources as triton.py calls it, on the compiled kernels where they take it."""
+    low = s.dtype
+    bias, lora_bias = (None if t is None else t.to(low) for t in (bias, lora_bias))
+    if _two_source.missing(x.device.index) is None and out.dtype == low:
+        b = b.to(low)
+        if seed is None and _two_source.refuses(x=x, w=w, s=s, b=b, bias=bias, lora_bias=lora_bias) is None:
+            _two_source.forward(x, w, s, b, bias, lora_bias, scale, out)
+            return
+        # dx: w is a weight and b an a, both transposed
+        plain = bias is None and lora_bias is None and scale == 1.0
+        if plain and _two_source.refuses(x=x, w=w.t(), s=s, b=b.t()) is None:
+            _two_source.backward_dx(x, w.t(), s, b.t(), seed, p, out)
+            return
+    _lora_two_source.product(x, w, s, b, bias, lora_bias, seed, scale, p, out, tile)

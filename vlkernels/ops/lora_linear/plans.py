@@ -21,7 +21,7 @@ def forward(
 ) -> Tensor:
     """y (T, N) under "two_source" or "packed", and s (T, R) filled in. `product` replaces the two-source kernel."""
     if plan == "packed":
-        ext = _lora_packed.extend(x2, a, seed, p, scale, s, tiles.down)
+        ext = _lora_packed.extend(x2, a, seed, p, scale, s, tiles.packed)
         bias = _lora_packed.bias_of_both(bias, lora_bias, scale, dtype)
         return F.linear(ext, _packed_storage.packed(weight, b).to(dtype), bias)
     _lora.down(x2, [a], seed, p, [s], tiles.down, keep_factor(p))
@@ -48,6 +48,8 @@ def packed_copies(arguments: dict) -> dict:
     """The op's arguments with weight and b as columns of one buffer, where their dtypes allow it."""
     weight, b = arguments["weight"], arguments["b"]
     if weight is None or arguments.get("quant") is not None or weight.dtype != b.dtype:
+        return arguments
+    if _packed_storage.packed(weight, b) is not None:
         return arguments
     views = zip(("weight", "b"), _packed_storage.pack(weight, b), strict=True)
     return arguments | {name: view.requires_grad_(arguments[name].requires_grad) for name, view in views}

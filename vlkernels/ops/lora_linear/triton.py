@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _lora, _lora_plan, _nf4_triton, _refuse
 from .._device import arch
 from .._dropout import keep_factor, threshold
-from .._lora import Dims, config, loaded
+from .._lora import Dims, config, config_key, loaded  # noqa: F401  (benchmarks/tune.py writes records under the key)
 from . import plans
 from .reference import low_rank_dtype
 

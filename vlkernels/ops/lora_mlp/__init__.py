@@ -1,6 +1,6 @@
 from ...op import Op
 
-_PROJECTIONS = ("weight", "a", "b", "bias", "lora_bias")
+_PROJECTIONS = ("weight", "a", "b", "bias", "lora_bias", "quant")
 
 lora_mlp = Op(
     __name__,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...testing.case import Case, Make
-from .. import _lora_bytes
+from .. import _lora_bytes, _nf4
 from .._lora_bytes import Shape
 from .reference import NAMES
 
@@ -20,6 +20,8 @@ CASES = (
     _case("everything", 66, 43, 72, (5, 17, 3), p=0.1, bias=True, lora_bias=True, norm=True, residual=True,
           tags=("all-precisions", "sharp")),
     _case("plain-x", 50, 40, 56, (16, 16, 16), p=0.05, tags=("all-precisions",)),
+    # odd widths: the product takes the dequantised weight however few rows there are
+    _case("nf4", 37, 27, 41, (3, 0, 5), p=0.1, bias=True, quant="nf4", tags=("all-precisions",)),
     _case("gemma", 33, 24, 40, (4, 4, 4), act="gelu_tanh", norm=True, offset=1.0, residual=True),
     _case("down-alone", 37, 24, 56, (0, 0, 6), p=0.25),
     _case("gate-and-up", 37, 24, 33, (6, 40, 0), act="gelu"),
@@ -33,6 +35,7 @@ CASES = (
             ("7b r128 p0.05 norm", 8192, 4096, 11008, 128, 0.05, {"norm": True, "residual": True},
              "with post_attention_layernorm and the residual"),
             ("8b r64 p0.05 M8192", 8192, 4096, 14336, 64, 0.05, {}, "Llama-3-8B, Mistral-7B gate, up, down"),
+            ("7b nf4 r64 p0.05 M8192", 8192, 4096, 11008, 64, 0.05, {"quant": "nf4"}, "QLoRA gate, up, down"),
             ("gemma r16 p0 M8192", 8192, 3072, 24576, 16, 0.0, {"act": "gelu_tanh"}, "Gemma-7B, PaliGemma GeGLU"),
         )
     ),
@@ -43,7 +46,10 @@ def _shapes(case: Case) -> tuple[list[Shape], list[Shape]]:
     """gate and up; down."""
     bias, lora_bias = bool(case.get("bias")), bool(case.get("lora_bias"))
     widths = (case["F"], case["F"], case["K"])
-    gate, up, down = (Shape(N, R, bias, lora_bias and R > 0) for N, R in zip(widths, case.get("ranks"), strict=True))
+    blocksize = case.get("blocksize", 64) if case.get("quant") else 0
+    gate, up, down = (
+        Shape(N, R, bias, lora_bias and R > 0, blocksize) for N, R in zip(widths, case.get("ranks"), strict=True)
+    )
     return [gate, up], [down]
 
 
@@ -54,7 +60,12 @@ def inputs(case: Case, make: Make) -> dict:
     kw: dict = {"x": make.normal(T, K, grad=True)}
     for name, s, width in zip(NAMES, gate_up + down, (K, K, F), strict=True):
         low = {"role": "adapter", "grad": True, "wide": False}
-        kw[f"{name}_weight"] = make.normal(s.N, width, std=width**-0.5, grad=bool(case.get("train_weight")), wide=False)
+        trained = bool(case.get("train_weight"))
+        weight, quant = make.normal(s.N, width, std=width**-0.5, grad=trained, wide=False), None
+        if s.blocksize:
+            kw |= {"blocksize": s.blocksize, "quant_dtype": weight.dtype}
+            weight, quant = _nf4.quantize(weight, case.get("quant"), s.blocksize, True)
+        kw |= {f"{name}_weight": weight, f"{name}_quant": quant}
         kw[f"{name}_a"] = make.normal(s.R, width, std=width**-0.5, **low) if s.R else None
         kw[f"{name}_b"] = make.normal(s.N, s.R, std=s.R**-0.5, **low) if s.R else None
         kw[f"{name}_bias"] = make.normal(s.N, grad=True) if s.bias else None
@@ -108,12 +119,12 @@ def floor_bytes(case: Case, itemsize: int) -> dict[str, int]:
     T, K, F = (case[d] for d in "TKF")
     gate_up, down = _shapes(case)
     low = sum(s.R * (K + s.N) for s in gate_up) + sum(s.R * (F + s.N) for s in down)
-    weights = 3 * K * F + low
+    weights = sum(s.weight_bytes(K, itemsize) for s in gate_up) + down[0].weight_bytes(F, itemsize)
     return {
         # gate, up and their product are written; the product is read by down
-        "forward": itemsize * (T * K + weights + 4 * T * F + T * K),
+        "forward": weights + itemsize * (T * K + low + 4 * T * F + T * K),
         # dy, x, gate, up read; dgate, dup written and read; dx written
-        "backward": itemsize * (2 * T * K + weights + 6 * T * F + T * K + low),
+        "backward": weights + itemsize * (2 * T * K + low + 6 * T * F + T * K + low),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _check, _lora_group
+from .._lora_group import Branch
 from .._shuffle import ACTS, normalised
 
 NAMES = ("gate", "up", "down")
@@ -32,6 +33,9 @@ def forward(
     gate_lora_bias: Tensor | None = None,
     up_lora_bias: Tensor | None = None,
     down_lora_bias: Tensor | None = None,
+    gate_quant: Tensor | None = None,
+    up_quant: Tensor | None = None,
+    down_quant: Tensor | None = None,
     norm_weight: Tensor | None = None,
     seed: Tensor | None = None,
     gate_scale: float = 1.0,
@@ -43,6 +47,8 @@ def forward(
     offset: float = 0.0,
     residual: bool = False,
     dtype: torch.dtype | None = None,
+    blocksize: int = 64,
+    quant_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = down(act(gate(h)) * up(h)) [+ x], each projection z Wᵀ + bias + scale * (drop_p(z) Aᵀ Bᵀ + lora_bias).
 
@@ -55,6 +61,7 @@ def forward(
         *_a, *_b: (R, in) and (out, R) of each projection, ranks may differ, None for a projection without adapter; in
             x's dtype, or float32 over a half-precision x.
         *_bias, *_lora_bias: (out,). norm_weight: (K,).
+        *_quant, blocksize, quant_dtype: of weights packed in 4 bits, see lora_linear.
         seed: int64, one number for each adapted projection, in the order gate, up, down; drawn when p > 0 and none is
             given. Every projection drops its own elements, as in peft.
         *_scale: alpha / r. p: dropout probability in [0, 1). act: silu (SwiGLU), gelu (erf), gelu_tanh (Gemma), relu,
@@ -66,7 +73,7 @@ def forward(
     Raises: TypeError, ValueError naming the argument, what it got and what is accepted.
     """
     values = dict(locals())
-    gate, up, down = (_lora_group.cast(b, dtype) for b in _lora_group.branches(NAMES, values))
+    gate, up, down = (_lora_group.cast(b, dtype) for b in group_of(values))
     h = x if norm_weight is None else normalised(x, "rms", norm_weight, None, eps, offset)
     h = h if dtype is None else h.to(dtype)
     seeds = iter(seed) if seed is not None else None
@@ -80,9 +87,16 @@ def residuals(x, *rest) -> tuple[Tensor, ...]:
     """Shapes of what a kernel's forward saves besides arguments: gate(h), up(h), the s_i, the norm's statistics."""
     values = named(x, *rest)
     rows, dtype = x.numel() // x.shape[-1], values["dtype"]
-    pre = [x.new_empty((rows, values[n].shape[0]), dtype=dtype or x.dtype) for n in ("gate_weight", "up_weight")]
+    group = group_of(values)
+    pre = [x.new_empty((rows, b.out), dtype=dtype or x.dtype) for b in group[:2]]
     stats = x.new_empty((rows, 2) if values["norm_weight"] is not None else (0,), dtype=torch.float32)
-    return (*pre, *_lora_group.residuals(_lora_group.branches(NAMES, values), rows, x, dtype), stats)
+    return (*pre, *_lora_group.residuals(group, rows, x, dtype), stats)
+
+
+def group_of(values: dict) -> list[Branch]:
+    """gate and up of x, and down of what they make."""
+    gate, up = _lora_group.branches(NAMES[:2], values)
+    return [gate, up, _lora_group.branch("down", values, gate.out)]
 
 
 def named(*values) -> dict:
@@ -102,18 +116,14 @@ def check(*args) -> tuple:
     if x.dim() < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: (..., K)")
     _check.shape("norm_weight", norm_weight, (x.shape[-1],), "(K,)")
-    group = _lora_group.branches(NAMES, values)
-    _lora_group.check(group[:2], x, x.shape[-1], dtype)
-    inner = group[0].weight.shape[0]
-    _check.shape("up_weight", group[1].weight, (inner, x.shape[-1]), "(F, K) with the F of gate_weight")
-    _lora_group.check(group[2:], x, inner, dtype)
-    low = {f"{b.name}_a": b.a for b in group}
-    if dtype is None:
-        _check.same_dtype("", **low)
-    if values["residual"] and group[2].weight.shape[0] != x.shape[-1]:
+    group = group_of(values)
+    _lora_group.check(group, x, dtype)
+    if group[0].out != group[1].out:
         raise ValueError(
-            f"residual=True adds x with {x.shape[-1]} channels to {group[2].weight.shape[0]}; accepted: equal widths"
+            f"up_weight has {group[1].out} rows; accepted: (F, K) with the F of gate_weight = {group[0].out}"
         )
+    if values["residual"] and group[2].out != x.shape[-1]:
+        raise ValueError(f"residual=True adds x with {x.shape[-1]} channels to {group[2].out}; accepted: equal widths")
     _lora_group.check_seed(values["seed"], x, len(_lora_group.adapted(group)))
     floats = {k: float(values[k]) for k in ("gate_scale", "up_scale", "down_scale", "p", "eps", "offset")}
     return tuple((values | floats | {"residual": bool(values["residual"])}).values())
@@ -122,6 +132,6 @@ def check(*args) -> tuple:
 def draw(*args) -> tuple:
     """The arguments with the seeds filled in, where dropout needs them and none were given."""
     values = named(*args)
-    count = len(_lora_group.adapted(_lora_group.branches(NAMES, values)))
+    count = len(_lora_group.adapted(group_of(values)))
     values["seed"] = _lora_group.draw(values["seed"], values["x"], values["p"], count)
     return tuple(values.values())

@@ -10,14 +10,14 @@ from torch import Tensor
 from .. import _lora_group, _lora_group_triton, _norm, _tl
 from .._dropout import threshold
 from .._lora_group import Branch
-from .reference import NAMES, named
+from .reference import NAMES, group_of, named
 
 CONFIG_IN = _lora_group_triton  # whose config() picks the tiles
 
 
 def refuses(*args) -> str | None:
     values = named(*args)
-    group = _lora_group.branches(NAMES, values)
+    group = group_of(values)
     if (reason := _lora_group_triton.refuses(group, values["x"], values["dtype"])) is not None:
         return reason
     return None if values["norm_weight"] is None else _norm.refuses(values["x"], "rms", 1)
@@ -45,7 +45,7 @@ def forward(*args) -> tuple[Tensor, ...]:
     values = named(*args)
     x, dtype, p, norm_weight = values["x"], values["dtype"], values["p"], values["norm_weight"]
     out_dtype = dtype or x.dtype
-    group = _lora_group.branches(NAMES, values)
+    group = group_of(values)
     shared_seed, down_seed = _seeds(group, values["seed"])
     ss = _lora_group.residuals(group, x.numel() // x.shape[-1], x, dtype)
     h, stats = x, torch.empty((0,), dtype=torch.float32, device=x.device)
@@ -59,11 +59,11 @@ def forward(*args) -> tuple[Tensor, ...]:
     return x + y if values["residual"] else y, gate, up, *ss, stats
 
 
-def backward(dy, saved, needs, p, act, eps, offset, residual, dtype, **scales) -> dict[str, Tensor]:
+def backward(dy, saved, needs, p, act, eps, offset, residual, dtype, **others) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
     x, norm_weight, gate, up = saved["x"], saved["norm_weight"], saved["gate_pre"], saved["up_pre"]
     out_dtype, width = dtype or x.dtype, x.shape[-1]
-    group = _lora_group.branches(NAMES, saved | scales)
+    group = group_of(saved | others)
     shared_seed, down_seed = _seeds(group, saved["seed"])
     need_norm = norm_weight is not None and (needs["x"] or needs["norm_weight"])
     fields = ("weight", "a", "b", "bias", "lora_bias")

@@ -1,6 +1,6 @@
 from ...op import Op
 
-_PROJECTIONS = ("weight", "a", "b", "bias", "lora_bias")
+_PROJECTIONS = ("weight", "a", "b", "bias", "lora_bias", "quant")
 
 lora_qkv = Op(
     __name__,

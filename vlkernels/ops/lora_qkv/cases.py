@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...testing.case import Case, Make
-from .. import _lora_bytes
+from .. import _lora_bytes, _nf4
 from .._lora_bytes import Shape
 from .reference import NAMES
 
@@ -26,6 +26,9 @@ CASES = (
     _case("many-rows", 330, 24, 20, (33, 40, 2)),
     _case("long-row", 20, 900, 40, (8, 8, 8), p=0.1),
     _case("train-weights", 33, 40, 24, (4, 4, 4), bias=True, train_weight=True),
+    # odd widths: the product takes the dequantised weight however few rows there are
+    _case("nf4", 37, 43, 30, (3, 0, 5), kv=21, p=0.1, bias=True, quant="nf4", tags=("all-precisions",)),
+    _case("nf4-few-rows", 9, 64, 24, (2, 4, 2), quant="nf4", blocksize=32),
     _case("gemma-norm", 21, 32, 24, (4, 4, 4), norm=True, offset=1.0),
     *(
         _case(name, T, K, N, (R, R, R), ("bench",), recipe, p=p, kv=kv, **more)
@@ -34,6 +37,7 @@ CASES = (
             ("7b r128 p0 M8192", 8192, 4096, 4096, 4096, 128, 0.0, {}, "LLaVA-1.5-7B LoRA q, k, v, dropout 0"),
             ("7b r128 p0.05 norm", 8192, 4096, 4096, 4096, 128, 0.05, {"norm": True}, "with input_layernorm"),
             ("8b gqa r64 p0.05 M8192", 8192, 4096, 4096, 1024, 64, 0.05, {}, "Llama-3-8B, Mistral-7B q, k, v"),
+            ("7b nf4 r64 p0.05 M8192", 8192, 4096, 4096, 4096, 64, 0.05, {"quant": "nf4"}, "QLoRA q, k, v"),
             ("qwen2-7b r16 p0 M8192", 8192, 3584, 3584, 512, 16, 0.0, {"bias": True}, "Qwen2-VL-7B q, k, v"),
         )
     ),
@@ -43,7 +47,8 @@ CASES = (
 def _shapes(case: Case) -> list[Shape]:
     widths = (case["N"], *[case.get("kv", case["N"])] * 2)
     bias, lora_bias = bool(case.get("bias")), bool(case.get("lora_bias"))
-    return [Shape(N, R, bias, lora_bias and R > 0) for N, R in zip(widths, case.get("ranks"), strict=True)]
+    blocksize = case.get("blocksize", 64) if case.get("quant") else 0
+    return [Shape(N, R, bias, lora_bias and R > 0, blocksize) for N, R in zip(widths, case.get("ranks"), strict=True)]
 
 
 def inputs(case: Case, make: Make) -> dict:
@@ -51,7 +56,11 @@ def inputs(case: Case, make: Make) -> dict:
     T, K = case["T"], case["K"]
     kw: dict = {"x": make.normal(T, K, grad=True)}
     for name, s in zip(NAMES, _shapes(case), strict=True):
-        kw[f"{name}_weight"] = make.normal(s.N, K, std=K**-0.5, grad=bool(case.get("train_weight")), wide=False)
+        weight, quant = make.normal(s.N, K, std=K**-0.5, grad=bool(case.get("train_weight")), wide=False), None
+        if s.blocksize:
+            kw |= {"blocksize": s.blocksize, "quant_dtype": weight.dtype}
+            weight, quant = _nf4.quantize(weight, case.get("quant"), kw["blocksize"], True)
+        kw |= {f"{name}_weight": weight, f"{name}_quant": quant}
         low = {"role": "adapter", "grad": True, "wide": False}
         kw[f"{name}_a"] = make.normal(s.R, K, std=K**-0.5, **low) if s.R else None
         kw[f"{name}_b"] = make.normal(s.N, s.R, std=s.R**-0.5, **low) if s.R else None
@@ -102,9 +111,10 @@ def floor_bytes(case: Case, itemsize: int) -> dict[str, int]:
     T, K = case["T"], case["K"]
     out = sum(s.N for s in _shapes(case))
     low = sum(s.R * (K + s.N) for s in _shapes(case))
+    weights = sum(s.weight_bytes(K, itemsize) for s in _shapes(case))
     return {
-        "forward": itemsize * (T * K + out * K + low + T * out),
-        "backward": itemsize * (T * out + T * K + out * K + low + T * K + low),
+        "forward": weights + itemsize * (T * K + low + T * out),
+        "backward": weights + itemsize * (T * out + T * K + low + T * K + low),
     }
 
 

@@ -32,6 +32,9 @@ def forward(
     q_lora_bias: Tensor | None = None,
     k_lora_bias: Tensor | None = None,
     v_lora_bias: Tensor | None = None,
+    q_quant: Tensor | None = None,
+    k_quant: Tensor | None = None,
+    v_quant: Tensor | None = None,
     norm_weight: Tensor | None = None,
     seed: Tensor | None = None,
     q_scale: float = 1.0,
@@ -41,6 +44,8 @@ def forward(
     eps: float = 1e-6,
     offset: float = 0.0,
     dtype: torch.dtype | None = None,
+    blocksize: int = 64,
+    quant_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each i of q, k, v: y_i = h W_iᵀ + bias_i + scale_i * (drop_p(h) A_iᵀ B_iᵀ + lora_bias_i).
 
@@ -52,6 +57,7 @@ def forward(
         *_weight: (N_i, K), frozen or trainable. *_a, *_b: (R_i, K) and (N_i, R_i), ranks may differ, None for a
             projection without adapter; in x's dtype, or float32 over a half-precision x.
         *_bias, *_lora_bias: (N_i,). norm_weight: (K,).
+        *_quant, blocksize, quant_dtype: of weights packed in 4 bits, see lora_linear.
         seed: int64, one number for each adapted projection, in the order q, k, v; drawn when p > 0 and none is given.
             Every projection drops its own elements, as in peft.
         *_scale: alpha / r. p: dropout probability in [0, 1). eps, offset: of the norm; Gemma's offset is 1.
@@ -98,7 +104,7 @@ def check(*args) -> tuple:
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: (..., K)")
     _check.shape("norm_weight", norm_weight, (x.shape[-1],), "(K,)")
     group = _lora_group.branches(NAMES, values)
-    _lora_group.check(group, x, x.shape[-1], dtype)
+    _lora_group.check(group, x, dtype)
     _lora_group.check_seed(values["seed"], x, len(_lora_group.adapted(group)))
     floats = {k: float(values[k]) for k in ("q_scale", "k_scale", "v_scale", "p", "eps", "offset")}
     return tuple((values | floats).values())

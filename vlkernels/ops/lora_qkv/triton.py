@@ -48,10 +48,10 @@ def forward(*args) -> tuple[Tensor, ...]:
     return *ys, *ss, stats
 
 
-def backward(dq, dk, dv, saved, needs, p, eps, offset, dtype, **scales) -> dict[str, Tensor]:
+def backward(dq, dk, dv, saved, needs, p, eps, offset, dtype, **others) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
     x, norm_weight, stats = saved["x"], saved["norm_weight"], saved["stats"]
-    group = _lora_group.branches(NAMES, saved | scales)
+    group = _lora_group.branches(NAMES, saved | others)
     ss = [saved[f"{name}_s"] for name in NAMES]
     need_norm = norm_weight is not None and (needs["x"] or needs["norm_weight"])
     read = any(needs[f"{n}_{f}"] for n in NAMES for f in ("a", "weight"))
