@@ -50,8 +50,11 @@ class Job:
         return f"{self.op.name} {self.case} [{self.precision}] {self.provider.name}"
 
 
-def jobs(ops: Iterable[Op], smoke: bool = False, peers: bool = False) -> list[Job]:
-    """All jobs, most important first: each op's first case with everyone, then ours and the baseline, then the rest."""
+def jobs(ops: Iterable[Op], smoke: bool = False, peers: bool = False, sweep: bool = False) -> list[Job]:
+    """All jobs, most important first: each op's first case with everyone, then ours and the baseline, then the rest.
+
+    sweep: on the op's SWEEP in place of its bench cases, in the precisions that people train in.
+    """
     ranked = []
     for op in ops:
         module = compare.cases_of(op)
@@ -59,9 +62,9 @@ def jobs(ops: Iterable[Op], smoke: bool = False, peers: bool = False) -> list[Jo
         known = [PRECISIONS[name] for name in module.PRECISIONS]
         main = [p for p in known if p.name in MAIN_PRECISIONS] or known[:1]
         main.sort(key=lambda p: MAIN_PRECISIONS.index(p.name) if p.name in MAIN_PRECISIONS else 0)
-        cases = [c for c in module.CASES if "bench" in c.tags]
+        cases = getattr(module, "SWEEP", ()) if sweep else [c for c in module.CASES if "bench" in c.tags]
         for i, case in enumerate(cases[:1] if smoke else cases):
-            others = [] if smoke or i else [p for p in known if p not in main]
+            others = [] if smoke or i or sweep else [p for p in known if p not in main]
             for j, precision in enumerate(main + others):
                 for provider in providers.of(op, kernels=not smoke, peers=peers):
                     if smoke and provider.name == "compile":
@@ -238,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, help="records file; default benchmarks/results/<gpu>.json, or build/bench/"
     )
+    parser.add_argument("--sweep", action="store_true", help="the op's table of widths, ranks and rows")
     parser.add_argument("--run", help="add to this run of the records file, whose ceilings hold, instead of a new one")
     parser.add_argument("--minutes", type=float, default=30.0, help="start no measurement after so many minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -250,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         run = record.environment(options.device)
         run.ceilings = {} if smoke else ceilings.measure(options.device)
-    todo = select(jobs(backends.OPS.values(), smoke, options.peers), options)
+    todo = select(jobs(backends.OPS.values(), smoke, options.peers, options.sweep), options)
     if not todo:
         parser.error("nothing of that name to measure")
     print(f"{run.device}, torch {run.torch}, commit {run.commit}: {len(todo)} jobs -> {path}")

@@ -98,9 +98,9 @@ def plan_lines(counted: dict) -> list[str]:
     body = []
     for entry in counted["entries"]:
         found, moved = plans.floors(by_name[entry["case"]]), entry["moved"]
-        ratios = [
-            f"{moved[d] / floor[d]:.2f}" for d in ("forward", "backward") for floor in found.values()
-        ] + [f"{sum(moved.values()) / sum(floor.values()):.2f}" for floor in found.values()]
+        ratios = [f"{moved[d] / floor[d]:.2f}" for d in ("forward", "backward") for floor in found.values()] + [
+            f"{sum(moved.values()) / sum(floor.values()):.2f}" for floor in found.values()
+        ]
         mib = (f"{moved[d] / 2**20:.0f}" for d in ("forward", "backward"))
         body.append([entry["case"], entry["plan"], *mib, *ratios])
     head = (

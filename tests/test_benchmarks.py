@@ -73,7 +73,8 @@ def test_memory_record():
     counted = {(e["op"], e["case"]) for e in content["entries"]}
     for name in BUDGETS:
         if name in backends.OPS:
-            cases = [c for c in compare.cases_of(backends.OPS[name]).CASES if "bench" in c.tags]
+            cases = compare.cases_of(backends.OPS[name]).CASES
+            cases = [c for c in cases if "bench" in c.tags and "uncounted" not in c.tags]
             assert {(name, c.name) for c in cases} <= counted, (
                 "run python -m benchmarks.memory --json benchmarks/results/..."
             )
@@ -255,8 +256,9 @@ def test_device_names():
 def test_job_order():
     """The first case with everyone comes first; compile, which is slow to start, comes last."""
     todo = [j for j in ops.jobs([LORA])]
-    first = {j.provider.name for j in todo[:5]}
-    assert {"peft", "eager", "compile"} <= first and len({(j.case.name, j.precision.name) for j in todo[:5]}) == 1
+    everyone = todo[: len(providers.of(LORA))]
+    assert {"peft", "eager", "compile", "triton packed"} <= {j.provider.name for j in everyone}
+    assert len({(j.case.name, j.precision.name) for j in everyone}) == 1
     assert todo[-1].provider.name == "compile"
     assert len({str(j) for j in todo}) == len(todo)
 
@@ -279,6 +281,16 @@ def test_tune_neighbours():
     found = list(tune.neighbours(tile))
     assert tile not in found and len(set(found)) == len(found)
     assert all(sum(getattr(t, f.name) != getattr(tile, f.name) for f in dataclasses.fields(tile)) == 1 for t in found)
+
+
+def test_sweep():
+    """The table that users ask for: rows x widths x ranks x dropout, and decoding's rows."""
+    found = {tuple(job.case[d] for d in "TKNR") + (job.case.get("p"),) for job in ops.jobs([LORA], sweep=True)}
+    for T in (2048, 8192, 32768):
+        for K, N in ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336)):
+            assert {(T, K, N, R, p) for R in (8, 16, 64, 128, 256) for p in (0.0, 0.05)} <= found
+    assert {1, 16} <= {T for T, *_ in found}
+    assert not ops.jobs([backends.OPS["mlp_projector"]], sweep=True)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -132,6 +132,6 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(saved):
 def test_keys_of_other_tuners_are_unknown():
     known = {"base_model.model.q.lora_A.weight": torch.zeros(2, 3)}
     assert split_peft_adapter(known, "x") == {"q": {"adapters.x.a": known["base_model.model.q.lora_A.weight"]}}
-    for wrong in ("base_model.model.q.lora_magnitude_vector", "base_model.model.lm_head.weight", "q.lora_A.weight"):
+    for wrong in ("base_model.model.q.hada_w1_a", "base_model.model.lm_head.weight", "q.lora_A.weight"):
         with pytest.raises(ValueError, match=f"unknown key '{wrong}'"):
             split_peft_adapter(known | {wrong: torch.zeros(2)})

@@ -103,6 +103,19 @@ def results(kw, dy=None) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y) if dy is None else dy)]
 
 
+def exact(kw) -> list[torch.Tensor]:
+    """`results` of the float64 reference."""
+    kw = {k: compare.doubled(v) for k, v in kw.items()} | {"dtype": None}
+    y = lora_linear(**kw, backend="reference")
+    leaves = [t for t in kw.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+
+def assert_rule(got, usual, truth, dtype=None) -> None:
+    found = [compare.beside(str(i), *three, dtype) for i, three in enumerate(zip(got, usual, truth, strict=True))]
+    assert all(e.ok for e in found), "; ".join(map(str, found))
+
+
 def test_two_source_kernel_runs_no_pass_over_y_or_dx(device):
     kw = arguments(device, p=0.25)
     with use_plan("two_source"), meter.launches() as counts:
@@ -243,6 +256,25 @@ def test_a_second_adapter_keeps_the_default(plan, device):
         assert kernels_of(kw) & {"lora_two_source_product_kernel", "lora_packed_down_kernel"} == set()
 
 
+@pytest.mark.parametrize("plan", OTHERS)
+def test_a_four_bit_weight_keeps_the_default(plan, device):
+    case = next(c for c in cases.CASES if c.get("quant") and "bench" not in c.tags)
+    kw = stored_for(plan)(cases.inputs(case, Make(PRECISIONS["fp32"], 0, device)))
+    with use_plan(plan):
+        assert kernels_of(kw) & {"lora_two_source_product_kernel", "lora_packed_down_kernel"} == set()
+
+
+@pytest.mark.parametrize("plan", OTHERS)
+def test_scale_of_a_sum_in_parts(plan, device):
+    """A long row is summed over ranges of its columns; the scale, which the cases leave at 1, is applied once."""
+    kw = arguments(device, T=20, K=900, R=5, p=0.25, packed=plan == "packed")
+    assert _lora.config(_lora.Dims(20, 900, 33, 5), torch.float32, _device.arch(kw["x"])).packed.splits > 1
+    with use_plan("update"):
+        want = results(kw)
+    with use_plan(plan):
+        assert_rule(results(kw), want, exact(kw))
+
+
 def test_backward_outside_the_block(device):
     """What a forward saves fits every plan."""
     kw = arguments(device, p=0.25, packed=True)
@@ -369,9 +401,9 @@ def test_cuda_takes_the_compiled_product(monkeypatch, device):
     monkeypatch.setattr(_two_source, "forward", forward)
     monkeypatch.setattr(_two_source, "backward_dx", backward_dx)
 
-    def calls(dtype, N=32, p=0.25):
+    def calls(dtype, N=32, p=0.25, autocast=None):
         kw = arguments(device, dtype, T=40, K=72, N=N, R=8, p=p)
-        kw["bias"] = torch.randn(N, device=device, dtype=dtype)
+        kw |= {"bias": torch.randn(N, device=device, dtype=dtype), "dtype": autocast}
         values = [kw.get(name, lora_linear.defaults.get(name)) for name in lora_linear.names]
         found = []
         for kernels in (cuda, lora_linear.kernels["triton"]):
@@ -386,14 +418,14 @@ def test_cuda_takes_the_compiled_product(monkeypatch, device):
             found.append((y, dx, list(ran)))
         (y, dx, first), (want_y, want_dx, second) = found
         assert second == []
-        torch.testing.assert_close(y, want_y)
-        torch.testing.assert_close(dx, want_dx)
+        assert_rule((y, dx), (want_y, want_dx), exact(kw)[:2], autocast)
         return first
 
     assert calls(torch.bfloat16) == ["forward", "backward_dx"]
     assert calls(torch.bfloat16, p=0.0) == ["forward", "backward_dx"]
     assert calls(torch.bfloat16, N=33) == ["forward"]  # rows of dy are 33 elements apart
     assert calls(torch.float32) == []
+    assert calls(torch.float32, autocast=torch.bfloat16) == ["forward"]  # dx is float32, its operands are not
     monkeypatch.setattr(_two_source, "missing", lambda index: "not here")
     assert calls(torch.bfloat16) == []
 

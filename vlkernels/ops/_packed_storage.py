@@ -44,10 +44,9 @@ def x_buffer(rows: int, width: int, rank: int, dtype: torch.dtype, device: torch
 
 def spare(x2: Tensor, rank: int) -> Tensor | None:
     """x2 (T, K) with its spare columns, (T, K + R), when its storage came from x_buffer; else None."""
-    storage, width, columns = _offered.get(x2.untyped_storage()._cdata, (None, 0, 0))
+    # a weak reference keeps the key from being given out again, so a key that is found is x2's own
+    _, width, columns = _offered.get(x2.untyped_storage()._cdata, (None, 0, 0))
     stride = (width + columns, 1)
-    if storage is None or storage.expired() or (x2.shape[1], rank) != (width, columns) or x2.stride() != stride:
-        return None
-    if x2.storage_offset() % stride[0]:
+    if (x2.shape[1], rank) != (width, columns) or x2.stride() != stride or x2.storage_offset() % stride[0]:
         return None
     return x2.detach().as_strided((x2.shape[0], stride[0]), stride)

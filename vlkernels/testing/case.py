@@ -14,8 +14,8 @@ from torch import Tensor
 class Case:
     """Named dims of one call of an op, the options that are no tensor shapes, and what it is for.
 
-    tags: "bench" cases are timed and compiled ahead of time, the others are computed in tests. recipe: where the
-    shape comes from.
+    tags: "bench" cases are timed and compiled ahead of time, the others are computed in tests; "uncounted" ones take
+    the interpreter too long for the memory report. recipe: where the shape comes from.
     """
 
     name: str

@@ -121,8 +121,10 @@ class _AtenMeter(TorchDispatchMode):
         self.record.moved += moved
         self.record.moved_by[f"aten::{name}"] += moved
         self.record.launches[f"aten::{name}"] += 1
-        if func._overloadpacket in flop_registry:
-            self.record.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        # torch knows the products' FLOPs under the names that write in no place
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), func._overloadpacket)
+        if packet in flop_registry:
+            self.record.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
 

@@ -57,10 +57,21 @@ CASES = (
         )
     ),
     *(
-        _case(f"nf4 4096x4096 r64 M{T}", T, 4096, 4096, 64, quant="nf4", tags=("bench",), recipe=recipe)
+        _case(f"nf4 4096x4096 r64 M{T}", T, 4096, 4096, 64, quant="nf4", tags=("bench", "uncounted"), recipe=recipe)
         for T, recipe in ((8192, "QLoRA of a 7B model, r = 64"), (16, "the same, 16 rows"))
     ),
 )
+
+
+# every width, rank and row count that people train with, and decoding's: `python -m benchmarks.ops --sweep`
+SWEEP = tuple(
+    _case(f"{K}x{N} r{R} p{p} M{T}", T, K, N, R, p=p, tags=("bench",))
+    for T, ranks, dropouts in (*((T, (8, 16, 64, 128, 256), (0.0, 0.05)) for T in (2048, 8192, 32768)),
+                               (1, (16, 128), (0.0,)), (16, (16, 128), (0.0,)))
+    for K, N in ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336))
+    for R in ranks
+    for p in dropouts
+)  # fmt: skip
 
 
 def inputs(case: Case, make: Make) -> dict:

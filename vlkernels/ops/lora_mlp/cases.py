@@ -15,6 +15,13 @@ def _case(name, T, K, F, ranks, tags=(), recipe="", **options) -> Case:
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16+fp32", "amp-bf16", "bf16+fp32 amp")
 
+_COUNTED = ("7b r128 p0.05 M8192", "7b r128 p0.05 norm")
+
+
+def _bench(name: str) -> tuple[str, ...]:
+    return ("bench",) if name in _COUNTED else ("bench", "uncounted")
+
+
 CASES = (
     # every term at once: three ranks, dropout, biases, the norm, the residual
     _case("everything", 66, 43, 72, (5, 17, 3), p=0.1, bias=True, lora_bias=True, norm=True, residual=True,
@@ -28,7 +35,7 @@ CASES = (
     _case("train-weights", 33, 24, 40, (4, 4, 4), bias=True, train_weight=True),
     _case("many-rows", 330, 16, 20, (33, 2, 8)),
     *(
-        _case(name, T, K, F, (R, R, R), ("bench",), recipe, p=p, **more)
+        _case(name, T, K, F, (R, R, R), _bench(name), recipe, p=p, **more)
         for name, T, K, F, R, p, more, recipe in (
             ("7b r128 p0.05 M8192", 8192, 4096, 11008, 128, 0.05, {}, "LLaVA-1.5-7B LoRA gate, up, down"),
             ("7b r128 p0 M8192", 8192, 4096, 11008, 128, 0.0, {}, "LLaVA-1.5-7B LoRA gate, up, down, dropout 0"),

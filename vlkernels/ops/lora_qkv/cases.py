@@ -15,6 +15,13 @@ def _case(name, T, K, N, ranks, tags=(), recipe="", **options) -> Case:
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16+fp32", "amp-bf16", "bf16+fp32 amp")
 
+_COUNTED = ("7b r128 p0.05 M8192", "7b r128 p0.05 norm")
+
+
+def _bench(name: str) -> tuple[str, ...]:
+    return ("bench",) if name in _COUNTED else ("bench", "uncounted")
+
+
 CASES = (
     # every term at once: grouped keys and values, three ranks, dropout, biases, the norm
     _case("everything", 70, 75, 72, (5, 17, 3), kv=24, p=0.1, bias=True, lora_bias=True, norm=True,
@@ -31,7 +38,7 @@ CASES = (
     _case("nf4-few-rows", 9, 64, 24, (2, 4, 2), quant="nf4", blocksize=32),
     _case("gemma-norm", 21, 32, 24, (4, 4, 4), norm=True, offset=1.0),
     *(
-        _case(name, T, K, N, (R, R, R), ("bench",), recipe, p=p, kv=kv, **more)
+        _case(name, T, K, N, (R, R, R), _bench(name), recipe, p=p, kv=kv, **more)
         for name, T, K, N, kv, R, p, more, recipe in (
             ("7b r128 p0.05 M8192", 8192, 4096, 4096, 4096, 128, 0.05, {}, "LLaVA-1.5-7B LoRA q, k, v"),
             ("7b r128 p0 M8192", 8192, 4096, 4096, 4096, 128, 0.0, {}, "LLaVA-1.5-7B LoRA q, k, v, dropout 0"),
