@@ -456,7 +456,7 @@ def counted() -> dict:
 
 
 def test_recorded_bytes_are_the_declared_ones(counted):
-    """results/plans.json was measured; cases.bytes_moved says the same within 5 % on every bench case and plan."""
+    """results/plans.json was measured; cases.bytes_moved says the same within 5 % for every plan."""
     todo = bench_plans.cases()
     assert set(counted) == {(c.name, plan) for c in todo for plan in (*PLANS, bench_plans.IN_BUFFER)}
     with _device.assume(bench_plans.ARCH):
@@ -466,18 +466,22 @@ def test_recorded_bytes_are_the_declared_ones(counted):
                     assert abs(counted[case.name, plan][name] / declared - 1) < 0.05, (case.name, plan, name)
 
 
-def test_bytes_over_the_floors(counted):
-    """Forward, "two_source" moves at most 1.15 of what is left once x is read a second time; backward as NOTES says."""
-    for case in bench_plans.cases():
-        floor = bench_plans.floors(case)["plan floor"]
-        share = {plan: {d: counted[case.name, plan][d] / floor[d] for d in floor} for plan in PLANS}
-        assert share["two_source"]["forward"] <= 1.15, case.name
-        assert share["two_source"]["backward"] <= (1.15 if case["R"] <= 32 else 1.6), case.name
-        for direction in floor:
-            assert share["two_source"][direction] < share["update"][direction]
-            # the copy of a wide x costs more than the update of a narrow y
-            if direction == "backward" or case["K"] <= case["N"]:
-                assert share["packed"][direction] < share["update"][direction]
+@pytest.mark.parametrize("case", [c for c in cases.CASES if "bench" in c.tags and not c.get("quant")], ids=str)
+def test_bytes_over_the_floors(case):
+    """What NOTES.md says of the plans, by the declared counts: forward two_source moves at most 1.15 of the floor that
+    reads x twice, backward at r <= 32 at most 1.15 of the one that reads dy twice, and none reaches 1.15 of less."""
+    floor, reading_twice = cases.floor_bytes(case, 2), cases.plan_floor_bytes(case, 2)
+    with _device.assume(90):
+        moved = {plan: cases.bytes_moved(case, 2, plan) for plan in PLANS}
+    share = {d: moved["two_source"][d] / reading_twice[d] for d in floor}
+    assert share["forward"] <= (1.15 if case["T"] < 8192 else 1.04)
+    assert share["backward"] <= (1.15 if case["R"] <= 32 else 1.6)
+    assert all(moved[plan][d] > 1.15 * floor[d] for plan in PLANS for d in floor)
+    for d in floor:
+        assert moved["two_source"][d] < moved["update"][d]
+        # the copy of a wide x costs more than the update of a narrow y
+        if d == "backward" or case["K"] <= case["N"]:
+            assert moved["packed"][d] < moved["update"][d]
 
 
 @pytest.mark.slow

@@ -80,23 +80,27 @@ def config(
     )  # autocast: a tile is in registers twice, before and after rounding
     rank = max(16, triton.next_power_of_2(dims.R))  # tl.dot needs 16
     sms = multiprocessors(arch)
+    # an accumulator an adapter: only sm_90, whose products read shared memory, holds those of a group in full tiles
+    tight = group > 1 and arch != 90
 
     def down(width: int, group: int = 1) -> Tile:
-        held = min(rank, 64 if wide else 128)
+        held = min(rank, 64 if wide or (tight and group > 1 and converted) else 128)
         # every program reads all of A: tall tiles first (64 rows reach wgmma), then ranges of K until each SM has one
-        rows = min(64 if not wide else 32, cover(dims.T))
+        rows = min(32 if wide or (tight and group > 2) else 64, cover(dims.T))
         programs = triton.cdiv(dims.T, rows) * triton.cdiv(rank, held)
         splits = max(1, min(sms // programs, width // 256))
         cols = min(32 if converted or (wide and held > 32) else 64, cover(width))
         return Tile(rows, cols, held, warps=_warps(rows * held * group, 64 * 64, arch, group), splits=splits)
 
     def update(width: int, group: int = 1) -> Tile:
-        cols = min(64 if wide or group > 1 else 128, cover(width))
+        cols = min(32 if wide and tight and group > 1 else 64 if wide or group > 1 else 128, cover(width))
         return Tile(64, cols, min(rank, 32 if wide else 64), warps=4, stages=2)
 
     def outer(width: int, group: int = 1) -> Tile:
         cols = min(64 if wide or converted or group > 1 else 128, cover(width))
         held = min(rank, 64 if wide or group > 2 else 128)
+        if tight and group > 1:
+            cols, held = min(32 if wide else 64, cols), min(held, 32)
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial costs 8 R bytes a column to write and read back against 2 bytes a row saved by parallelism
         splits = max(1, min(triton.cdiv(sms, programs), dims.T // max(64, 4 * rank)))
