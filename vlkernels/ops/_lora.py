@@ -84,13 +84,15 @@ def config(
     tight = group > 1 and arch != 90
 
     def down(width: int, group: int = 1) -> Tile:
-        held = min(rank, 64 if wide or (tight and group > 1 and converted) else 128)
+        full = not tight or group == 1
+        held = min(rank, (64 if full else 32) if wide else 128 if full or not (converted or arch == 100) else 64)
         # every program reads all of A: tall tiles first (64 rows reach wgmma), then ranges of K until each SM has one
-        rows = min(32 if wide or (tight and group > 2) else 64, cover(dims.T))
+        rows = min(32 if wide or (arch < 90 and group > 2) else 64, cover(dims.T))
         programs = triton.cdiv(dims.T, rows) * triton.cdiv(rank, held)
         splits = max(1, min(sms // programs, width // 256))
-        cols = min(32 if converted or (wide and held > 32) else 64, cover(width))
-        return Tile(rows, cols, held, warps=_warps(rows * held * group, 64 * 64, arch, group), splits=splits)
+        cols = min(32 if converted or (wide and (held > 32 or not full)) else 64, cover(width))
+        warps = 8 if wide and not full else _warps(rows * held * group, 64 * 64, arch, group)
+        return Tile(rows, cols, held, warps=warps, splits=splits)
 
     def update(width: int, group: int = 1) -> Tile:
         cols = min(32 if wide and tight and group > 1 else 64 if wide or group > 1 else 128, cover(width))
