@@ -23,7 +23,7 @@ from vlkernels.testing.case import PRECISIONS
 from . import model, providers
 from .ops import Job, callables, fresh
 from .providers import Provider
-from .providers.lora_linear import _peft, swapped
+from .providers.lora_linear import stock, swapped
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def break_even(device: str, rows: tuple[int, ...] = ROWS) -> tuple[str, dict]:
         case = dataclasses.replace(_first_case(op), dims={**_first_case(op).dims, "T": T})
         sets = clock.sets_past_cache(sum(compare.cases_of(op).floor_bytes(case, 2).values()), device)
         times = []
-        for provider in (Provider("peft", _peft), Provider("swapped", swapped, "ours")):
+        for provider in (Provider("peft", stock), Provider("swapped", swapped, "ours")):
             calls = list(callables(Job(op, case, precision, provider), "forward+backward", device, sets))
             times.append(clock.measure(calls, device, 0.2).ms)
         found[str(T)] = times[1] / times[0]

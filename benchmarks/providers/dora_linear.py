@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, Unavailable, autocast, frozen_of, leaves_of
+from . import Instance, Provider, Unavailable, _lora_layer, autocast, frozen_of, leaves_of
 
 BASELINE = "peft"
 
@@ -35,7 +35,7 @@ def _plain(function):
     def build(case: Case, kw: dict, precision: Precision) -> Instance:
         names = ("x", "weight", "a", "b", "magnitude", "norm", "bias", "scale", "p")
         rest = {name: kw[name] for name in names}
-        low = None if precision.autocast or kw["a"].dtype == kw["x"].dtype else kw["a"].dtype
+        low = _lora_layer.low_dtype(kw, precision)
 
         def forward() -> Tensor:
             with autocast(kw, precision):
@@ -57,77 +57,28 @@ def _compiled_plain(**kw) -> Tensor:
 
 def peft_layer(case: Case, kw: dict) -> nn.Sequential:
     """A model whose only layer is stock peft's lora.Linear with a DoRA adapter of the case's weights."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise Unavailable(f"peft is not importable: {error}") from None
     if kw["norm"] is not None:
         raise Unavailable("peft computes the norm itself")
-    rank, width = kw["a"].shape
-    x = kw["x"]
-    base = nn.Linear(width, kw["b"].shape[0], bias=kw["bias"] is not None, device=x.device, dtype=x.dtype)
-    base.weight = nn.Parameter(kw["weight"].detach(), requires_grad=kw["weight"].requires_grad)
-    trainable = {"weight": base.weight} if kw["weight"].requires_grad else {}
-    if kw["bias"] is not None:
-        base.bias = nn.Parameter(kw["bias"].detach())
-        trainable["bias"] = base.bias
-    config = LoraConfig(
-        r=rank, lora_alpha=rank * kw["scale"], lora_dropout=kw["p"], target_modules=["0"], use_dora=True
-    )
-    model = nn.Sequential(base)
-    inject_adapter_in_model(config, model)
-    layer = model[0]
-    down, up, dora = layer.lora_A["default"], layer.lora_B["default"], layer.lora_magnitude_vector["default"]
-    down.weight, up.weight = nn.Parameter(kw["a"].detach()), nn.Parameter(kw["b"].detach())
+    model = _lora_layer.adapted(kw, use_dora=True)
+    dora = model[0].lora_magnitude_vector["default"]
     dora.weight = nn.Parameter(kw["magnitude"].detach())
-    for t in trainable.values():
-        t.requires_grad_()
-    model.leaves = {"x": x, "a": down.weight, "b": up.weight, "magnitude": dora.weight} | trainable
-    return model.train()
+    model.leaves["magnitude"] = dora.weight
+    return model
 
 
-def _module(model: nn.Sequential, kw: dict, precision: Precision) -> Instance:
-    def forward() -> Tensor:
-        with autocast(kw, precision):
-            return model(kw["x"])
-
-    return Instance(forward, model.leaves, tuple(model.parameters()))
-
-
-def _peft(case: Case, kw: dict, precision: Precision) -> Instance:
-    return _module(peft_layer(case, kw), kw, precision)
-
-
-def swapped(case: Case, kw: dict, precision: Precision) -> Instance:
-    """The same peft layer after vlkernels.swap; use_backend() chooses where it runs."""
-    import vlkernels
-
-    model = peft_layer(case, kw)
-    vlkernels.swap(model, strict=True)
-    return _module(model, kw, precision)
-
-
-def _frozen(case: Case, kw: dict, precision: Precision) -> Instance:
-    """The frozen layer alone: no adapter makes it faster."""
-
-    def forward() -> Tensor:
-        with autocast(kw, precision):
-            return F.linear(kw["x"], kw["weight"], kw["bias"])
-
-    leaves = {name: t for name, t in leaves_of(kw).items() if name in ("x", "weight", "bias")}
-    return Instance(forward, leaves, frozen_of(kw))
+stock, swapped = _lora_layer.stock(peft_layer), _lora_layer.swapped(peft_layer)
 
 
 PROVIDERS = (
-    Provider("peft", _peft),
+    Provider("peft", stock),
     Provider("eager", _plain(plain)),
     Provider("compile", _plain(_compiled_plain)),
-    Provider("frozen linear", _frozen, "bound"),
+    Provider("frozen linear", _lora_layer.frozen, "bound"),
 )
 PEERS = ()
 
 # swapped modules that the memory report counts: (name, precision, dropout, ours, baseline)
 MODULES = tuple(
-    ("peft lora.Linear DoRA", precision, p, Provider("swapped", swapped, "ours"), Provider("peft", _peft))
+    ("peft lora.Linear DoRA", precision, p, Provider("swapped", swapped, "ours"), Provider("peft", stock))
     for precision, p in (("bf16", 0.0), ("bf16", 0.05), ("bf16+fp32 amp", 0.05), ("bf16+fp32", 0.05))
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlkernels.ops import _nf4
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, Unavailable, autocast, frozen_of, leaves_of
+from . import Instance, Provider, Unavailable, _lora_layer, autocast, frozen_of, leaves_of
 
 BASELINE = "peft"
 
@@ -44,7 +44,7 @@ def _plain(function):
             raise Unavailable("plain PyTorch is written for one adapter over its layer")
         kw = dense(kw)
         rest = {name: kw[name] for name in ("x", "weight", "a", "b", "bias", "lora_bias", "scale", "p")}
-        low = None if precision.autocast or kw["a"].dtype == kw["x"].dtype else kw["a"].dtype
+        low = _lora_layer.low_dtype(kw, precision)
 
         def forward() -> Tensor:
             with autocast(kw, precision):
@@ -66,71 +66,24 @@ def _compiled_plain(**kw) -> Tensor:
 
 def peft_layer(case: Case, kw: dict) -> nn.Sequential:
     """A model whose only layer is stock peft's lora.Linear with the case's weights."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise Unavailable(f"peft is not importable: {error}") from None
     if kw["base"] is not None:
         raise Unavailable("a second adapter is no layer of its own")
-    kw = dense(kw)
-    rank, width = kw["a"].shape
-    base = nn.Linear(width, kw["b"].shape[0], bias=kw["bias"] is not None, device=kw["x"].device, dtype=kw["x"].dtype)
-    base.weight = nn.Parameter(kw["weight"].detach(), requires_grad=kw["weight"].requires_grad)
-    trainable = {"weight": base.weight} if kw["weight"].requires_grad else {}
-    if kw["bias"] is not None:
-        base.bias = nn.Parameter(kw["bias"].detach())
-        trainable["bias"] = base.bias
     has_lora_bias = kw["lora_bias"] is not None
-    config = LoraConfig(
-        r=rank, lora_alpha=rank * kw["scale"], lora_dropout=kw["p"], target_modules=["0"], lora_bias=has_lora_bias
-    )
-    model = nn.Sequential(base)
-    inject_adapter_in_model(config, model)
-    layer = model[0]
-    down, up = layer.lora_A["default"], layer.lora_B["default"]
-    down.weight, up.weight = nn.Parameter(kw["a"].detach()), nn.Parameter(kw["b"].detach())
+    model = _lora_layer.adapted(dense(kw), lora_bias=has_lora_bias)
     if has_lora_bias:
+        up = model[0].lora_B["default"]
         up.bias = nn.Parameter(kw["lora_bias"].detach())
-        trainable["lora_bias"] = up.bias
-    for t in trainable.values():
-        t.requires_grad_()
-    model.leaves = {"x": kw["x"], "a": down.weight, "b": up.weight} | trainable
-    return model.train()
+        model.leaves["lora_bias"] = up.bias
+    return model
 
 
-def _peft(case: Case, kw: dict, precision: Precision) -> Instance:
-    return _module(peft_layer(case, kw), kw, precision)
-
-
-def _module(model: nn.Sequential, kw: dict, precision: Precision) -> Instance:
-    def forward() -> Tensor:
-        with autocast(kw, precision):
-            return model(kw["x"])
-
-    return Instance(forward, model.leaves, tuple(model.parameters()))
-
-
-def swapped(case: Case, kw: dict, precision: Precision) -> Instance:
-    """The same peft layer after vlkernels.swap; use_backend() chooses where it runs."""
-    import vlkernels
-
-    model = peft_layer(case, kw)
-    vlkernels.swap(model, strict=True)
-    return _module(model, kw, precision)
+stock, swapped = _lora_layer.stock(peft_layer), _lora_layer.swapped(peft_layer)
 
 
 def _frozen(case: Case, kw: dict, precision: Precision) -> Instance:
-    """The frozen layer alone: no adapter makes it faster."""
     if kw["base"] is not None:
         raise Unavailable("there is no plain layer")
-    kw = dense(kw)
-
-    def forward() -> Tensor:
-        with autocast(kw, precision):
-            return F.linear(kw["x"], kw["weight"], kw["bias"])
-
-    leaves = {name: t for name, t in leaves_of(kw).items() if name in ("x", "weight", "bias")}
-    return Instance(forward, leaves, frozen_of(kw))
+    return _lora_layer.frozen(case, dense(kw), precision)
 
 
 def _peer_refusals(kw: dict, precision: Precision, dropout: bool) -> None:
@@ -178,7 +131,7 @@ def _lorafusion(case: Case, kw: dict, precision: Precision) -> Instance:
 
 
 PROVIDERS = (
-    Provider("peft", _peft),
+    Provider("peft", stock),
     Provider("eager", _plain(plain)),
     Provider("compile", _plain(_compiled_plain)),
     Provider("frozen linear", _frozen, "bound"),
@@ -211,7 +164,7 @@ PEERS = (Provider("unsloth", _unsloth, "peer"), Provider("lorafusion", _lorafusi
 
 # swapped modules that the memory report counts: (name, precision, dropout, ours, baseline)
 MODULES = tuple(
-    ("peft lora.Linear", precision, p, Provider("swapped", swapped, "ours"), Provider("peft", _peft))
+    ("peft lora.Linear", precision, p, Provider("swapped", swapped, "ours"), Provider("peft", stock))
     for precision, p in (("bf16", 0.0), ("bf16", 0.05), ("bf16+fp32 amp", 0.05), ("bf16+fp32", 0.05), ("fp32", 0.05))
 )
 

@@ -113,7 +113,7 @@ def _rows(block: nn.Module, child: str) -> Tensor:
 class PlainLinear(nn.Linear):
     """nn.Linear of a swapped attention block without an adapter: it returns what the block computed for it."""
 
-    vlkernels_fused = True
+    vlkernels_fused, vlkernels_original = True, nn.Linear
     vlkernels_part = True
     _vlkernels_given = None
 

@@ -7,12 +7,12 @@ import functools
 import torch
 from torch import nn
 
-from .. import backends
 from ..modules._children import child_problem
 from ..op import Op
 from ..ops.dora_linear import dora_linear
 from ..ops.lora_linear import lora_linear
 from . import peft_dora
+from ._peft_adapters import Adapters
 from .blocks import PlainLinear
 from .swap import finished, training_backend
 
@@ -22,29 +22,8 @@ def linear_class(original: type) -> type:
     """The static subclass of peft.tuners.lora.layer.Linear (`original`) that swapped layers get."""
     conv1d = _conv1d_class()
 
-    class Linear(original):
+    class Linear(Adapters, original):
         """peft's lora.Linear; base product and adapter through lora_linear or dora_linear where the layer allows it."""
-
-        _vlkernels_given = None  # (x, y) that a swapped attention block computed for this layer, during its call
-
-        def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-            plain_call = not args and all(value is None for value in kwargs.values())
-            given = self._vlkernels_given
-            if plain_call and given is not None and given[0] is x:
-                return given[1]
-            if not plain_call or self._vlkernels_problem(x.dtype) is not None:
-                return super().forward(x, *args, **kwargs)
-            y = None
-            for name in self._vlkernels_adapters():
-                op, values = self._vlkernels_values(x, name, y)
-                backend = backends.choose(op, values)
-                if y is None and backend == "reference":
-                    return super().forward(x)
-                y = op.run(values, backend)
-            return y
-
-        def _vlkernels_adapters(self) -> list[str]:
-            return [name for name in self.active_adapters if name in self.lora_A]
 
         def _vlkernels_values(self, x: torch.Tensor, name: str, y: torch.Tensor | None) -> tuple[Op, tuple]:
             """(op, its arguments) for one adapter: over the base layer, or over the output y so far."""
@@ -57,16 +36,11 @@ def linear_class(original: type) -> type:
 
         def _vlkernels_arguments(self, name: str) -> dict:
             """Arguments of lora_linear besides x, for one adapter over the base layer."""
-            base, dropout, b = self.base_layer, self.lora_dropout[name], self.lora_B[name]
+            base = self.base_layer
             weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-            return {
+            return self._vlkernels_low_rank(name) | {
                 "weight": weight,
-                "a": self.lora_A[name].weight,
-                "b": b.weight,
                 "bias": base.bias,
-                "lora_bias": b.bias,
-                "scale": self.scaling[name],
-                "p": dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
                 "dtype": weight.dtype if self.__dict__.get("_vlkernels_compute") == "base" else None,
             }
 
@@ -85,11 +59,9 @@ def linear_class(original: type) -> type:
 
         def _vlkernels_problem(self, dtype: torch.dtype) -> str | None:
             """Why a call with x in `dtype` must take peft's own forward, or None."""
-            if self.disable_adapters:
-                return "adapters are disabled"
-            if self.merged:
-                return "adapters are merged"
-            reason = child_problem("base_layer", self.base_layer, (nn.Linear, PlainLinear, *conv1d))
+            reason = self._vlkernels_off() or child_problem(
+                "base_layer", self.base_layer, (nn.Linear, PlainLinear, *conv1d)
+            )
             if reason is not None:
                 return reason
             if isinstance(self.base_layer, nn.Linear) and self.fan_in_fan_out:
@@ -101,21 +73,11 @@ def linear_class(original: type) -> type:
             if not names:
                 return "no active adapter on this layer"
             for name in names:
-                dropout = self.lora_dropout[name]
-                reason = (
-                    child_problem("lora_A", self.lora_A[name], (nn.Linear,))
-                    or child_problem("lora_B", self.lora_B[name], (nn.Linear,))
-                    or child_problem("lora_dropout", dropout, (nn.Dropout, nn.Identity))
-                    or (peft_dora.problem(self, name, len(names)) if name in self.lora_variant else None)
-                )
+                reason = self._vlkernels_adapter_problem(name, dtype)
+                if reason is None and name in self.lora_variant:
+                    reason = peft_dora.problem(self, name, len(names))
                 if reason is not None:
                     return reason
-                if type(dropout) is nn.Dropout and not 0.0 <= dropout.p < 1.0:
-                    return f"dropout {dropout.p}"
-                if self.lora_A[name].bias is not None:
-                    return "lora_A has a bias"
-                if not self.cast_input_dtype_enabled and self.lora_A[name].weight.dtype != dtype:
-                    return "peft's cast of the input to the adapter's dtype is off"
             return None
 
         def vlkernels_state(self) -> tuple[str, str]:
@@ -127,12 +89,6 @@ def linear_class(original: type) -> type:
             name = self._vlkernels_adapters()[0]
             rows = torch.empty((1024, self.lora_A[name].weight.shape[1]), dtype=weight.dtype, device=weight.device)
             return training_backend(*self._vlkernels_values(rows, name, None))
-
-        def vlkernels_configure(self, lora_compute: str = "peft", **_) -> None:
-            if lora_compute == "peft":
-                self.__dict__.pop("_vlkernels_compute", None)
-            else:
-                self._vlkernels_compute = lora_compute
 
     return finished(Linear, original, __name__)
 

@@ -7,11 +7,12 @@ import functools
 import torch
 from torch import nn
 
-from .. import backends
 from ..modules import _quant_state
-from ..modules._children import child_problem, hook_problem
+from ..modules._children import hook_problem
+from ..op import Op
 from ..ops import _nf4
 from ..ops.lora_linear import lora_linear
+from ._peft_adapters import Adapters
 from .swap import finished, training_backend
 
 
@@ -57,7 +58,7 @@ def linear4bit_class(original: type) -> type:
     """The static subclass of peft.tuners.lora.bnb.Linear4bit (`original`) that swapped layers get."""
     *bases, params = _bitsandbytes_classes()
 
-    class Linear4bit(original):
+    class Linear4bit(Adapters, original):
         """peft's lora.bnb.Linear4bit; the 4-bit product and the low-rank branch through the op lora_linear.
 
         As upstream the base computes in its compute dtype (the input's, where none was set), with the bias cast to it,
@@ -65,22 +66,8 @@ def linear4bit_class(original: type) -> type:
         """
 
         vlkernels_returns_input_dtype = True
-        _vlkernels_given = None  # (x, y) that a swapped attention block computed for this layer, during its call
 
-        def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-            plain_call = not args and all(value is None for value in kwargs.values())
-            given = self._vlkernels_given
-            if plain_call and given is not None and given[0] is x:
-                return given[1]
-            if not plain_call or self._vlkernels_problem(x.dtype) is not None:
-                return super().forward(x, *args, **kwargs)
-            y = None
-            for name in self._vlkernels_adapters():
-                values = self._vlkernels_values(x, name, y)
-                backend = backends.choose(lora_linear, values)
-                if y is None and backend == "reference":
-                    return super().forward(x)
-                y = lora_linear.run(values, backend)
+        def _vlkernels_finished(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             base = self.base_layer
             if not base.compute_type_is_set:
                 # what upstream's first forward leaves behind
@@ -88,30 +75,20 @@ def linear4bit_class(original: type) -> type:
                 base.compute_type_is_set = True
             return y.to(x.dtype)
 
-        def _vlkernels_adapters(self) -> list[str]:
-            return [name for name in self.active_adapters if name in self.lora_A]
-
-        def _vlkernels_values(self, x: torch.Tensor, name: str, y: torch.Tensor | None) -> tuple:
-            """Arguments of lora_linear for one adapter: over the base layer, or over the output y so far."""
+        def _vlkernels_values(self, x: torch.Tensor, name: str, y: torch.Tensor | None) -> tuple[Op, tuple]:
             arguments = self._vlkernels_arguments(name, x.dtype)
             if y is not None:
                 arguments |= {"weight": None, "quant": None, "bias": None, "base": y}
-            return lora_linear.values(x=x, **arguments)
+            return lora_linear, lora_linear.values(x=x, **arguments)
 
         def _vlkernels_arguments(self, name: str, dtype: torch.dtype) -> dict:
             """Arguments of lora_linear besides x (in `dtype`), for one adapter over the base layer."""
-            base, dropout, b = self.base_layer, self.lora_dropout[name], self.lora_B[name]
-            compute = self._vlkernels_compute_dtype(dtype)
+            base, compute = self.base_layer, self._vlkernels_compute_dtype(dtype)
             quant, facts = self._vlkernels_quant(base.weight.quant_state)
-            return {
+            return self._vlkernels_low_rank(name) | {
                 "weight": _bytes_of(base.weight, _nf4.packed_count(facts.shape)),
                 "quant": quant,
-                "a": self.lora_A[name].weight,
-                "b": b.weight,
                 "bias": None if base.bias is None else base.bias.to(compute),
-                "lora_bias": b.bias,
-                "scale": self.scaling[name],
-                "p": dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
                 "dtype": compute if self.__dict__.get("_vlkernels_compute") == "base" else None,
                 "blocksize": facts.blocksize,
             }
@@ -140,11 +117,7 @@ def linear4bit_class(original: type) -> type:
 
         def _vlkernels_problem(self, dtype: torch.dtype) -> str | None:
             """Why a call with x in `dtype` must take peft's own forward, or None."""
-            if self.disable_adapters:
-                return "adapters are disabled"
-            if self.merged:
-                return "adapters are merged"
-            reason = self._vlkernels_base_problem()
+            reason = self._vlkernels_off() or self._vlkernels_base_problem()
             if reason is not None:
                 return reason
             device, compute = self.base_layer.weight.device.type, self._vlkernels_compute_dtype(dtype)
@@ -159,20 +132,8 @@ def linear4bit_class(original: type) -> type:
             for name in names:
                 if name in self.lora_variant:
                     return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-                dropout = self.lora_dropout[name]
-                reason = (
-                    child_problem("lora_A", self.lora_A[name], (nn.Linear,))
-                    or child_problem("lora_B", self.lora_B[name], (nn.Linear,))
-                    or child_problem("lora_dropout", dropout, (nn.Dropout, nn.Identity))
-                )
-                if reason is not None:
+                if (reason := self._vlkernels_adapter_problem(name, dtype)) is not None:
                     return reason
-                if type(dropout) is nn.Dropout and not 0.0 <= dropout.p < 1.0:
-                    return f"dropout {dropout.p}"
-                if self.lora_A[name].bias is not None:
-                    return "lora_A has a bias"
-                if not self.cast_input_dtype_enabled and self.lora_A[name].weight.dtype != dtype:
-                    return "peft's cast of the input to the adapter's dtype is off"
             return None
 
         def _vlkernels_base_problem(self) -> str | None:
@@ -212,15 +173,12 @@ def linear4bit_class(original: type) -> type:
                 return training_backend(lora_linear, problem)
             name = self._vlkernels_adapters()[0]
             rows = torch.empty((1024, base.in_features), dtype=dtype, device=base.weight.device)
-            return training_backend(lora_linear, self._vlkernels_values(rows, name, None))
+            return training_backend(*self._vlkernels_values(rows, name, None))
 
         def vlkernels_configure(self, lora_compute: str = "peft", **_) -> None:
             # made again on use; `unswap` leaves nothing behind
             self.__dict__.pop("_vlkernels_cache", None)
-            if lora_compute == "peft":
-                self.__dict__.pop("_vlkernels_compute", None)
-            else:
-                self._vlkernels_compute = lora_compute
+            super().vlkernels_configure(lora_compute)
 
     return finished(Linear4bit, original, __name__)
 

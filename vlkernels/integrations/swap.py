@@ -206,7 +206,7 @@ def _dotted(cls: type) -> str:
 def _original(module: nn.Module) -> type | None:
     """The class that a swapped module had, None for any other module."""
     fused = next((cls for cls in type(module).__mro__ if "vlkernels_fused" in vars(cls)), None)
-    return None if fused is None else fused.__mro__[1]
+    return None if fused is None else fused.vlkernels_original
 
 
 def set_class(module: nn.Module, cls: type) -> str | None:
@@ -266,6 +266,6 @@ def finished(fused: type, original: type, module: str) -> type:
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (original.extra_repr(self), "vlkernels_fused=True")))
 
-    fused.vlkernels_fused, fused.extra_repr = True, extra_repr
+    fused.vlkernels_fused, fused.vlkernels_original, fused.extra_repr = True, original, extra_repr
     fused.__name__, fused.__qualname__, fused.__module__ = original.__name__, original.__qualname__, module
     return fused

@@ -75,39 +75,42 @@ def config(
     """
     plain = plain or dtype
     wide = dtype == torch.float32  # products in three tf32 passes: operands and their splits take twice the registers
-    converted = (
-        not wide and loaded == torch.float32
-    )  # autocast: a tile is in registers twice, before and after rounding
+    # autocast: a tile is in registers twice, before and after rounding
+    converted = not wide and loaded == torch.float32
     rank = max(16, triton.next_power_of_2(dims.R))  # tl.dot needs 16
     sms = multiprocessors(arch)
     # an accumulator an adapter: only sm_90, whose products read shared memory, holds those of a group in full tiles
     tight = group > 1 and arch != 90
 
-    def down(width: int, group: int = 1) -> Tile:
-        full = not tight or group == 1
+    # the tiles of a product are of one adapter, or with `shared` of all that read the same x at once
+
+    def down(width: int, shared: int = 1) -> Tile:
+        full = not tight or shared == 1
         held = min(rank, (64 if full else 32) if wide else 128 if full or not (converted or arch == 100) else 64)
         # every program reads all of A: tall tiles first (64 rows reach wgmma), then ranges of K until each SM has one
-        rows = min(32 if wide or (arch < 90 and group > 2) else 64, cover(dims.T))
+        rows = min(32 if wide or (arch < 90 and shared > 2) else 64, cover(dims.T))
         programs = triton.cdiv(dims.T, rows) * triton.cdiv(rank, held)
         splits = max(1, min(sms // programs, width // 256))
         cols = min(32 if converted or (wide and (held > 32 or not full)) else 64, cover(width))
-        warps = 8 if wide and not full else _warps(rows * held * group, 64 * 64, arch, group)
+        warps = 8 if wide and not full else _warps(rows * held * shared, 64 * 64, arch, shared)
         return Tile(rows, cols, held, warps=warps, splits=splits)
 
-    def update(width: int, group: int = 1) -> Tile:
-        cols = min(32 if wide and tight and group > 1 else 64 if wide or group > 1 else 128, cover(width))
-        return Tile(64, cols, min(rank, 32 if wide else 64), warps=4, stages=2)
+    def update(width: int, shared: int = 1) -> Tile:
+        cols = 64 if wide or shared > 1 else 128
+        if wide and tight and shared > 1:
+            cols = 32
+        return Tile(64, min(cols, cover(width)), min(rank, 32 if wide else 64), warps=4, stages=2)
 
-    def outer(width: int, group: int = 1) -> Tile:
-        cols = min(64 if wide or converted or group > 1 else 128, cover(width))
-        held = min(rank, 64 if wide or group > 2 else 128)
-        if tight and group > 1:
+    def outer(width: int, shared: int = 1) -> Tile:
+        cols = min(64 if wide or converted or shared > 1 else 128, cover(width))
+        held = min(rank, 64 if wide or shared > 2 else 128)
+        if tight and shared > 1:
             cols, held = min(32 if wide else 64, cols), min(held, 32)
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial costs 8 R bytes a column to write and read back against 2 bytes a row saved by parallelism
         splits = max(1, min(triton.cdiv(sms, programs), dims.T // max(64, 4 * rank)))
         # three tf32 passes over 64x64 spill on sm_100 at four warps
-        warps = 8 if arch == 100 and wide and held == 64 else _warps(cols * held * group, 128 * 64, arch, group)
+        warps = 8 if arch == 100 and wide and held == 64 else _warps(cols * held * shared, 128 * 64, arch, shared)
         return Tile(32 if wide else 64, cols, held, warps=warps, splits=splits)
 
     up = None
@@ -146,9 +149,9 @@ def config_key(
     return {**vars(dims), "dtype": dtype, "loaded": loaded or dtype, "group": group, "plain": plain or dtype}
 
 
-def _warps(accumulators: int, most: int, arch: int, group: int) -> int:
+def _warps(accumulators: int, most: int, arch: int, shared: int) -> int:
     """Before wgmma operands take registers too: past `most` accumulators four warps spill there."""
-    return 8 if (arch < 90 or group > 1) and accumulators > most else 4
+    return 8 if (arch < 90 or shared > 1) and accumulators > most else 4
 
 
 def loaded(*tensors: Tensor | None) -> torch.dtype:

@@ -84,83 +84,35 @@ def _accept(hp: Named, key: str, *accepted) -> None:
 # -- low-rank adapters ---------------------------------------------------------------------------------------------
 
 
-def _lora(fan_in_fan_out: bool) -> Callable[[Named], tuple[nn.Module, Run]]:
+def _adapted(kind: type[nn.Module], base: str, known: tuple[str, ...]) -> Callable[[Named], tuple[nn.Module, Run]]:
+    """A layer of `kind` over `base` ("linear", "conv1d" or "embedding"); known: what an adapter's options may be."""
+
     def build(hp: Named) -> tuple[nn.Module, Run]:
-        hp.only("in", "out", "bias", "base", "adapters")
-        base = "conv1d" if fan_in_fan_out else "linear"
-        if hp.get("base", "linear") != base:
+        hp.only("in", "out", "base", "adapters", *(() if base == "embedding" else ("bias",)))
+        if hp.get("base", "linear" if base != "embedding" else base) != base:
             raise GoldenError(f"hyper-parameter base is {hp.get('base')!r}; accepted: {base!r}")
-        bias = hp.get("bias", True) if fan_in_fan_out else hp["bias"]
-        layer = LoRALinear(hp["in"], hp["out"], 1, bias=bias, fan_in_fan_out=fan_in_fan_out)
+        options = {}
+        if base != "embedding":
+            options["bias"] = hp.get("bias", True) if base == "conv1d" else hp["bias"]
+            options["fan_in_fan_out"] = base == "conv1d"
+        layer = kind(hp["in"], hp["out"], 1, **options)
         layer.remove_adapter("default")
-        for name, options in hp["adapters"].items():
-            options = Named(f"adapters.{name}.", options).only("r", "lora_alpha", "use_rslora", "lora_bias")
-            layer.add_adapter(
-                name,
-                options["r"],
-                alpha=options["lora_alpha"],
-                rslora=options.get("use_rslora", False),
-                lora_bias=options.get("lora_bias", False),
-            )
+        for name, of in hp["adapters"].items():
+            of = Named(f"adapters.{name}.", of).only("r", "lora_alpha", *known)
+            switches = {key.removeprefix("use_"): of.get(key, False) for key in known}
+            layer.add_adapter(name, of["r"], alpha=of["lora_alpha"], **switches)
         layer.active = tuple(hp["adapters"])
         return layer, run
 
-    def run(layer: LoRALinear, inputs: Named) -> dict[str, Tensor]:
+    def run(layer: nn.Module, inputs: Named) -> dict[str, Tensor]:
         deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
-        return {"y": layer(inputs["x"]), "merged_weight": layer.merged_weight(), **deltas}
+        y = layer(inputs["ids" if base == "embedding" else "x"])
+        return {"y": y, "merged_weight": layer.merged_weight(), **deltas}
 
     return build
 
 
-def _embedding(kind: type[LoRAEmbedding]) -> Callable[[Named], tuple[nn.Module, Run]]:
-    def build(hp: Named) -> tuple[nn.Module, Run]:
-        hp.only("in", "out", "base", "adapters")
-        if hp.get("base", "embedding") != "embedding":
-            raise GoldenError(f"hyper-parameter base is {hp['base']!r}; accepted: 'embedding'")
-        layer = kind(hp["in"], hp["out"], 1)
-        layer.remove_adapter("default")
-        for name, options in hp["adapters"].items():
-            options = Named(f"adapters.{name}.", options)
-            options.only("r", "lora_alpha", "use_rslora", *(["use_dora"] if kind is DoRAEmbedding else []))
-            variant = {"dora": options.get("use_dora", False)} if kind is DoRAEmbedding else {}
-            rslora = options.get("use_rslora", False)
-            layer.add_adapter(name, options["r"], alpha=options["lora_alpha"], rslora=rslora, **variant)
-        layer.active = tuple(hp["adapters"])
-        return layer, run
-
-    def run(layer: LoRAEmbedding, inputs: Named) -> dict[str, Tensor]:
-        deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
-        return {"y": layer(inputs["ids"]), "merged_weight": layer.merged_weight(), **deltas}
-
-    return build
-
-
-def _dora(fan_in_fan_out: bool) -> Callable[[Named], tuple[nn.Module, Run]]:
-    def build(hp: Named) -> tuple[nn.Module, Run]:
-        hp.only("in", "out", "bias", "base", "adapters")
-        base = "conv1d" if fan_in_fan_out else "linear"
-        if hp.get("base", "linear") != base:
-            raise GoldenError(f"hyper-parameter base is {hp.get('base')!r}; accepted: {base!r}")
-        bias = hp.get("bias", True) if fan_in_fan_out else hp["bias"]
-        layer = DoRALinear(hp["in"], hp["out"], 1, bias=bias, fan_in_fan_out=fan_in_fan_out)
-        layer.remove_adapter("default")
-        for name, options in hp["adapters"].items():
-            options = Named(f"adapters.{name}.", options).only("r", "lora_alpha", "use_rslora", "use_dora")
-            layer.add_adapter(
-                name,
-                options["r"],
-                alpha=options["lora_alpha"],
-                rslora=options.get("use_rslora", False),
-                dora=options.get("use_dora", False),
-            )
-        layer.active = tuple(hp["adapters"])
-        return layer, run
-
-    def run(layer: DoRALinear, inputs: Named) -> dict[str, Tensor]:
-        deltas = {f"delta_weight.{name}": layer.delta_weight(name) for name in layer.active}
-        return {"y": layer(inputs["x"]), "merged_weight": layer.merged_weight(), **deltas}
-
-    return build
+_LORA, _DORA = ("use_rslora", "lora_bias"), ("use_rslora", "use_dora")
 
 
 def _dora_mlp(hp: Named) -> tuple[nn.Module, Run]:
@@ -413,15 +365,15 @@ def _visual_embedding(hp: Named) -> tuple[nn.Module, Run]:
 _MLP = ("mlp_projector",)
 
 BUILDERS: dict[str, Builder] = {
-    "lora.linear": Builder(_lora(fan_in_fan_out=False), ops=("lora_linear",)),
-    "lora.conv1d": Builder(_lora(fan_in_fan_out=True), ops=("lora_linear",)),
+    "lora.linear": Builder(_adapted(LoRALinear, "linear", _LORA), ops=("lora_linear",)),
+    "lora.conv1d": Builder(_adapted(LoRALinear, "conv1d", _LORA), ops=("lora_linear",)),
     "lora.mlp": Builder(_lora_block("mlp"), ops=_lora_block_ops),
     "lora.attention": Builder(_lora_block("attn"), ops=_lora_block_ops),
     "lora.llama_layer": Builder(_lora_block("layer"), ops=_lora_block_ops),
-    "lora.embedding": Builder(_embedding(LoRAEmbedding)),
-    "dora.embedding": Builder(_embedding(DoRAEmbedding)),
-    "dora.linear": Builder(_dora(fan_in_fan_out=False), ops=("dora_linear",)),
-    "dora.conv1d": Builder(_dora(fan_in_fan_out=True), ops=("dora_linear",)),
+    "lora.embedding": Builder(_adapted(LoRAEmbedding, "embedding", ("use_rslora",))),
+    "dora.embedding": Builder(_adapted(DoRAEmbedding, "embedding", _DORA)),
+    "dora.linear": Builder(_adapted(DoRALinear, "linear", _DORA), ops=("dora_linear",)),
+    "dora.conv1d": Builder(_adapted(DoRALinear, "conv1d", _DORA), ops=("dora_linear",)),
     "dora.mlp": Builder(_dora_mlp, ops=lambda hp: ("dora_linear" if hp["dora"] else "lora_linear",)),
     "qlora.linear": Builder(_qlora, ops=lambda hp: ("lora_linear",) if "r" in hp else ()),
     "dense.llava_projector": Builder(_llava, ops=_llava_ops),
