@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlkernels.ops.cross_attention import cases as cross_attention_cases
 from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
 from vlkernels.testing.case import Case, Precision
@@ -82,6 +83,18 @@ def _linear_projector_bytes(case: Case, precision: Precision) -> int:
     return case["C"] * shuffle**2 * torch.empty((), dtype=precision.compute).element_size() * (shuffle > 1)
 
 
+def _attention_bytes(case: Case, precision: Precision) -> int:
+    """y, and the maximum and denominator of each head's softmax."""
+    return case["H"] * (case["K"] * torch.empty((), dtype=precision.compute).element_size() + 8)
+
+
+def _attention_flops(case: Case) -> float:
+    """The scores are computed again in backward, where eager keeps them; what does not fill its tiles is padded."""
+    products = cross_attention_cases.flops(case)
+    eager = 3 * products["forward"]
+    return LEVEL_0 * cross_attention_cases.padding(case) * sum(products.values()) / eager
+
+
 def _itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
 
@@ -97,7 +110,18 @@ def _mlp_bytes(case: Case, precision: Precision) -> int:
     return _group_bytes(case, precision) + 2 * case["F"] * _itemsize(precision.compute)
 
 
+def _norm_bytes(case: Case, precision: Precision) -> int:
+    """8 bytes of statistics a row where there is a norm."""
+    return 8 * (case.get("norm", "none") != "none")
+
+
 BUDGETS: dict[str, Budget] = {
+    "cross_attention": Budget(
+        saved_per_token=_attention_bytes,
+        saved_per_call=8,  # dropout's seed
+        flops_ratio=_attention_flops,
+        small={"T": 128, "M": 64, "N": 64, "N2": 64, "H": 2, "G": 2, "K": 32},
+    ),
     "dora_linear": Budget(
         saved_per_token=_dora_bytes,
         saved_per_call=8 + 4 * 14336,  # dropout's seed; the norm, for the widest layer of the cases and of Llama-3-8B
@@ -133,5 +157,17 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=_projector_flops,
         small={"T": 128, "C": 32, "F": 64, "N": 64},
+    ),
+    "multi_layer_kv": Budget(
+        saved_per_token=_norm_bytes,
+        saved_per_call=0,
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "C": 32, "L": 2, "W": 32},
+    ),
+    "norm_residual": Budget(
+        saved_per_token=_norm_bytes,
+        saved_per_call=8,  # dropout's seed
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "C": 64},
     ),
 }

@@ -169,7 +169,8 @@ def over_budget(subject: Subject, ours: Count, baseline: Count) -> list[str]:
     saved, allowed = ours.total("saved", rows), budget.saved(subject.case, subject.precision)
     if saved > allowed:
         found.append(f"saves {saved:.0f} bytes, the budget is {allowed}")
-    ratio = ours.total("flops", rows) / baseline.total("flops", rows)
+    below = baseline.total("flops", rows)
+    ratio = ours.total("flops", rows) / below if below else 0.0  # an op without products
     if ratio > budget.flops_ratio(subject.case):
         found.append(f"{ratio:.3f} of the baseline's FLOPs, the budget is {budget.flops_ratio(subject.case)}")
     return found

@@ -4,12 +4,15 @@ from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
 from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
+from .ops.cross_attention import cross_attention
 from .ops.dora_linear import dora_linear
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
 from .ops.lora_mlp import lora_mlp
 from .ops.lora_qkv import lora_qkv
 from .ops.mlp_projector import mlp_projector
+from .ops.multi_layer_kv import multi_layer_kv
+from .ops.norm_residual import norm_residual
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "DoRALinear",
     "LoRALinear",
     "QLoRALinear",
+    "cross_attention",
     "dora_linear",
     "explain",
     "linear_projector",
@@ -24,6 +28,8 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "mlp_projector",
+    "multi_layer_kv",
+    "norm_residual",
     "release_scratch",
     "scratch_limit",
     "swap",

@@ -122,7 +122,8 @@ def decide(op: Op, values: tuple, backend: str | None = None) -> Explanation:
         elif declined is not None and name != forced:
             answers.append((name, f"can run, not chosen by itself: {declined}"))
         else:
-            answers.append((name, "can run" + (" (forced)" if name == forced else "")))
+            note = getattr(op.kernels.get(name), "note", lambda *_: "")(*values)
+            answers.append((name, "can run" + (" (forced)" if name == forced else "") + (f", {note}" if note else "")))
             able.append(name)
     if forced is None:
         chosen = able[0]

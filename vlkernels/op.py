@@ -33,14 +33,16 @@ class Op:
 
         refuses(*values) -> str | None        why this call cannot run here
         declines(*values) -> str | None       why it is not worth running here
+        note(*values) -> str                  optional: what explain() adds about how it runs
         forward(*values) -> (outputs..., residuals...)
         backward(grads, saved: dict, *other values, needs: dict) -> dict of gradients by argument name
 
     On the reference the plain function runs, so autograd, Inductor and functorch see ordinary PyTorch. A kernel runs
     through `torch.ops.vlkernels.<name>`, whose backward is `torch.ops.vlkernels.<name>_backward` on the same backend.
 
-    saves: names of the arguments and residuals that backward needs, residuals last. Every argument that can get a
-        gradient must be among them (its shape is needed); a parameter costs nothing there.
+    saves: names of the arguments and residuals that backward needs, residuals last; "y" before them is the output of
+        an op that has one. Every argument that can get a gradient must be among them (its shape is needed); a
+        parameter costs nothing there.
     like: arguments that are not kept: their gradient has shape and dtype of the gradient of output number like[name].
     """
 
@@ -55,7 +57,7 @@ class Op:
         self.types = {name: _SCHEMA_TYPES[p.annotation] for name, p in signature.parameters.items()}
         self.names = tuple(self.types)
         self.defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
-        self.residuals = tuple(name for name in saves if name not in self.types)
+        self.residuals = tuple(name for name in saves if name not in self.types and name != "y")
         self.outputs = 1 if signature.return_annotation is Tensor else len(signature.return_annotation.__args__)
         self.others = tuple(name for name, kind in self.types.items() if not kind.startswith("Tensor"))
         self.kernels = {
@@ -148,7 +150,7 @@ class Op:
 
     def _save(self, ctx, inputs, output) -> None:
         *values, ctx.backend = inputs
-        by_name = dict(zip(self.names, values, strict=True))
+        by_name = {"y": output[0], **dict(zip(self.names, values, strict=True))}
         ctx.others = tuple(by_name[name] for name in self.others)
         by_name.update(zip(self.residuals, output[self.outputs :], strict=True))
         ctx.mark_non_differentiable(*output[self.outputs :])

@@ -42,7 +42,8 @@ def llava(case: Case, kw: dict) -> nn.Sequential:
         from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
     except ImportError as error:
         raise Unavailable(f"transformers is not importable: {error}") from None
-    if kw["norm"] != "none" or kw["gated"] or kw["shuffle"] > 1 or kw["merge"] > 1 or kw["act"] != "gelu":
+    other = kw["norm"] != "none" or kw["gated"] or kw["shuffle"] > 1 or kw["merge"] > 1 or kw["residual"]
+    if other or kw["act"] != "gelu":
         raise Unavailable("LLaVA's projector is two linears and a GELU")
     if kw["w1"].shape[0] != kw["w2"].shape[0]:
         raise Unavailable("LLaVA's projector is as wide inside as outside")

@@ -77,14 +77,19 @@ def normed(
 
 
 def norm_backward(
-    dxn, x, weight, bias, stats, norm: str, shuffle: int, needs: dict, act: str = "none", offset: float = 0.0
-) -> dict[str, Tensor]:
-    """Gradients of `normed` for x, norm_weight and norm_bias, where needs[name]."""
+    dxn, x, weight, bias, stats, norm: str, shuffle: int, needs: dict, act: str = "none", offset: float = 0.0,
+    skip: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gradients of `normed` for x, norm_weight and norm_bias, where needs[name].
+
+    skip: (rows, C), added to dx: what comes past the norm, of an op that adds x itself. Without a shuffle.
+    """
     channels = x.shape[-1] * shuffle * shuffle
     rows = x.numel() // channels
     grads: dict[str, Tensor] = {}
     if norm == "none":
-        return {"x": unshuffled(dxn.to(x.dtype), x.shape, shuffle)}
+        dx = dxn if skip is None else dxn + skip
+        return {"x": unshuffled(dx.to(x.dtype), x.shape, shuffle)}
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs["x"] else None
     if rows == 0:
         zero = {n: torch.zeros_like(t) for n, t in (("norm_weight", weight), ("norm_bias", bias)) if needs[n]}
@@ -93,16 +98,20 @@ def norm_backward(
     sums = needs["norm_weight"] or needs["norm_bias"]
     parts = torch.empty((2, tiles.programs, channels), dtype=torch.float32, device=x.device) if sums else None
     xg, h, w, stride_b, stride_h, stride_w = _grid_strides(x, shuffle)
+    if skip is not None and skip.stride(1) != 1:
+        skip = skip.contiguous()
     _, _, _, out_b, out_h, out_w = _grid_strides(dx, shuffle) if needs["x"] else (None, 0, 0, 0, 0, 0)
     # wide rows do dx and the sums in two launches: together they spill past 4096 channels
     together = channels <= TOGETHER
     for with_dx, with_sums in ((needs["x"], sums),) if together else ((needs["x"], False), (False, sums)):
         if with_dx or with_sums:
             shuffle_norm_bwd_kernel[(tiles.programs,)](
-                dxn, xg, weight, bias, stats, dx, parts, rows, triton.cdiv(rows, tiles.programs), h, w, xg.shape[-1],
-                channels, stride_b, stride_h, stride_w, out_b, out_h, out_w, offset,
-                NORM=norm, ACT=act, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DX=with_dx,
-                HAS_SUMS=with_sums, SHUFFLE=shuffle, BLOCK=tiles.block, num_warps=tiles.warps,
+                dxn, xg, weight, bias, stats, skip, dx, parts, rows, triton.cdiv(rows, tiles.programs), h, w,
+                xg.shape[-1], channels, stride_b, stride_h, stride_w, out_b, out_h, out_w,
+                0 if skip is None else skip.stride(0), offset,
+                NORM=norm, ACT=act, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+                HAS_SKIP=with_dx and skip is not None, HAS_DX=with_dx, HAS_SUMS=with_sums, SHUFFLE=shuffle,
+                BLOCK=tiles.block, num_warps=tiles.warps,
             )  # fmt: skip
     if needs["x"]:
         grads["x"] = dx
@@ -131,6 +140,27 @@ def shuffle_norm_offsets(row, offs_c, h, w, C, stride_b, stride_h, stride_w, SHU
 
 
 @triton.jit
+def norm_row(x, mask_c, channels, eps, NORM: tl.constexpr):
+    """The norm of one row without scale and shift, its mean (0 for RMSNorm) and 1 / deviation."""
+    mean = 0.0
+    if NORM == "layer":
+        mean = tl.sum(x, 0) / channels
+    centred = tl.where(mask_c, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
+    return centred * rstd, mean, rstd
+
+
+@triton.jit
+def norm_row_backward(g, xhat, rstd, channels, NORM: tl.constexpr):
+    """rstd (g - mean(g) - xhat mean(g xhat)), the gradient of a row from that of xhat; RMSNorm without mean(g)"""
+    along = tl.sum(g * xhat, 0) / channels
+    level = 0.0
+    if NORM == "layer":
+        level = tl.sum(g, 0) / channels
+    return rstd * (g - level - xhat * along)
+
+
+@triton.jit
 def shuffle_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, stats_ptr, h, w, C, channels, stride_b, stride_h, stride_w, eps, offset,
     NORM: tl.constexpr, ACT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -142,14 +172,9 @@ def shuffle_norm_fwd_kernel(
     mask_c = offs_c < channels
     offs = shuffle_norm_offsets(row, offs_c, h, w, C, stride_b, stride_h, stride_w, SHUFFLE)
     x = tl.load(x_ptr + offs, mask_c, 0.0).to(tl.float32)
-    mean = 0.0
-    if NORM == "layer":
-        mean = tl.sum(x, 0) / channels
-    centred = tl.where(mask_c, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
+    x, mean, rstd = norm_row(x, mask_c, channels, eps, NORM)
     tl.store(stats_ptr + 2 * row, mean)
     tl.store(stats_ptr + 2 * row + 1, rstd)
-    x = centred * rstd
     if HAS_WEIGHT:
         x *= tl.load(weight_ptr + offs_c, mask_c, 0.0).to(tl.float32) + offset
     if HAS_BIAS:
@@ -161,12 +186,12 @@ def shuffle_norm_fwd_kernel(
 
 @triton.jit
 def shuffle_norm_bwd_kernel(
-    dxn_ptr, x_ptr, weight_ptr, bias_ptr, stats_ptr, dx_ptr, parts_ptr, rows, rows_per_program, h, w, C, channels,
-    stride_b, stride_h, stride_w, out_b, out_h, out_w, offset,
+    dxn_ptr, x_ptr, weight_ptr, bias_ptr, stats_ptr, skip_ptr, dx_ptr, parts_ptr, rows, rows_per_program, h, w, C,
+    channels, stride_b, stride_h, stride_w, out_b, out_h, out_w, stride_skip, offset,
     NORM: tl.constexpr, ACT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (g - mean(g) - xhat mean(g xhat)), g = dz weight; RMSNorm without mean(g). Sums of dz xhat, dz."""
+    """dx = the norm's gradient from g = dz weight, plus skip. Sums of dz xhat, dz."""
     program = tl.program_id(0).to(tl.int64)
     offs_c = tl.arange(0, BLOCK)
     mask_c = offs_c < channels
@@ -194,11 +219,9 @@ def shuffle_norm_bwd_kernel(
             if HAS_WEIGHT:
                 # read again for each row: held, it would cost the registers that the sums need
                 g *= tl.load(weight_ptr + offs_c, mask_c, 0.0).to(tl.float32) + offset
-            along = tl.sum(g * xhat, 0) / channels
-            level = 0.0
-            if NORM == "layer":
-                level = tl.sum(g, 0) / channels
-            g = rstd * (g - level - xhat * along)
+            g = norm_row_backward(g, xhat, rstd, channels, NORM)
+            if HAS_SKIP:
+                g += tl.load(skip_ptr + row * stride_skip + offs_c, mask_c, 0.0).to(tl.float32)
             offs = shuffle_norm_offsets(row, offs_c, h, w, C, out_b, out_h, out_w, SHUFFLE)
             tl.store(dx_ptr + offs, _tl.cast(g, dx_ptr.dtype.element_ty), mask_c)
     if HAS_SUMS:

@@ -10,7 +10,7 @@ from . import _tl
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def common(x: Tensor, dtype: torch.dtype | None, **tensors: Tensor | None) -> str | None:
+def common(x: Tensor, dtype: torch.dtype | None, /, **tensors: Tensor | None) -> str | None:
     """Why no Triton kernel can run on x's device, or on the dtypes of x and `tensors`; None when one can."""
     if x.is_meta or not (x.is_cuda or _tl.INTERPRETED.value):
         return f"x is on {x.device.type}; Triton kernels run on CUDA devices (or with TRITON_INTERPRET=1 anywhere)"

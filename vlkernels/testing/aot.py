@@ -100,7 +100,8 @@ def _run(op, kernels, arguments: dict) -> None:
 
     values = tuple(arguments.get(n, op.defaults.get(n)) for n in op.names)
     out = kernels.forward(*values)
-    saved = dict(zip(op.names, values, strict=True)) | dict(zip(op.residuals, out[op.outputs :], strict=True))
+    saved = {"y": out[0], **dict(zip(op.names, values, strict=True))}
+    saved |= dict(zip(op.residuals, out[op.outputs :], strict=True))
     needs = {n: isinstance(v, torch.Tensor) and v.requires_grad for n, v in arguments.items()}
     others = {n: v for n, v in zip(op.names, values, strict=True) if n in op.others}
     kernels.backward(

@@ -19,14 +19,19 @@ PRECISIONS = ("fp32", "bf16", "fp16", "amp-bf16")
 
 CASES = (
     _case("llava", 70, 40, 136, 52, tags=("all-precisions",)),
-    # every term at once: shuffle, merge, norm with bias, gate, biases, all weights trained
-    _case("everything", 36, 12, 72, 40, act="silu", gated=True, norm="layer", shuffle=2, merge=2, norm_bias=True,
+    # every term at once, for a residual has neither shuffle nor merge in two cases
+    _case("everything", 18, 12, 72, 40, act="silu", gated=True, norm="layer", shuffle=2, merge=2, norm_bias=True,
+          tags=("all-precisions",)),
+    _case("residual", 33, 40, 72, 40, act="silu", norm="layer", norm_bias=True, residual=True,
           tags=("all-precisions", "sharp")),
+    _case("residual of no norm", 35, 24, 56, 24, bias=False, residual=True, tags=("all-precisions",)),
+    _case("residual, own gate", 21, 24, 40, 24, act="silu", own_gate=True, norm="rms", bias=False, residual=True,
+          level=1),
     # GLM-4V's and CogVLM's: an activation after the norm, and a gate with a weight of its own
-    _case("own-gate", 40, 24, 72, 40, act="silu", own_gate=True, norm="layer", norm_act="gelu", norm_bias=True,
+    _case("own-gate", 21, 24, 72, 40, act="silu", own_gate=True, norm="layer", norm_act="gelu", norm_bias=True,
           bias=False, tags=("all-precisions",)),
-    _case("rms", 33, 24, 40, 24, act="gelu_tanh", norm="rms", bias=False, merge=4, eps=1e-6),
-    _case("level1", 41, 24, 40, 24, norm="layer", level=1, act="quick_gelu"),
+    _case("rms", 11, 24, 40, 24, act="gelu_tanh", norm="rms", bias=False, merge=4, eps=1e-6),
+    _case("level1", 21, 24, 40, 24, norm="layer", level=1, act="quick_gelu"),
     _case("shuffle", 36, 10, 33, 17, shuffle=3, act="relu"),
     _case("many-rows", 130, 8, 24, 12),
     _case("wide-norm", 3, 4200, 16, 8, norm="layer", norm_bias=True),
@@ -39,6 +44,8 @@ CASES = (
             ("llava-1.5-7b B16 level1", (9216, 1024, 4096, 4096), {"frozen_x": True, "level": 1}, "LLaVA-1.5-7B"),
             ("internvl B16", (4096, 1024, 4096, 4096), {"norm": "layer", "shuffle": 2, "norm_bias": True}, "InternVL"),
             ("qwen2-vl B16", (4096, 1280, 5120, 3584), {"norm": "layer", "merge": 4, "norm_bias": True}, "Qwen2-VL"),
+            ("flamingo ffn B64", (4096, 1024, 4096, 1024), {"norm": "layer", "norm_bias": True, "bias": False,
+                                                            "residual": True}, "OpenFlamingo's resampler, 64 images"),
             ("glm-4v B8", (4608, 1536, 4096, 1536), {"norm": "layer", "norm_bias": True, "norm_act": "gelu",
                                                      "act": "silu", "own_gate": True, "bias": False}, "GLM-4V"),
             ("aya B8", (1352, 1152, 14336, 8192), {"norm": "layer", "shuffle": 2, "gated": True, "act": "silu",
@@ -79,6 +86,7 @@ def inputs(case: Case, make: Make) -> dict:
         "shuffle": s,
         "merge": m,
         "level": case.get("level", 0),
+        "residual": case.get("residual", False),
     }
 
 
@@ -99,6 +107,7 @@ TERMS = {
     "b2 halved": _scaled("b2", 0.5),
     "norm_bias dropped": _scaled("norm_bias", 0.0),
     "norm_weight halved": _scaled("norm_weight", 0.5),
+    "residual dropped": lambda kw: kw | {"residual": False} if kw["residual"] else None,
     "another activation": lambda kw: kw | {"act": "relu" if kw["act"] != "relu" else "silu"},
     "no norm": lambda kw: (
         kw | {"norm": "none", "norm_weight": None, "norm_bias": None} if kw["norm"] != "none" else None
@@ -139,10 +148,17 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     normed = 0 if norm == "none" and s == 1 else e * (2 * T * K + affine * channels) + stats
     products = 2 if case.get("own_gate") else 1  # each reads x
     first = e * (products * T * K + inner * K + T * inner + bias * inner)
+    residual = case.get("residual", False)
+    dtype = torch.float32 if e == 4 else torch.bfloat16
+    act = config(T, F, K, dtype, inner > F, arch(torch.empty(0)))
 
-    forward = normed + first + e * (T * inner + T * F) + e * (T * F + N * F + T * N + bias * N)
+    forward = normed + first + e * (T * F + N * F + T * N + bias * N)
+    if act.product is None:
+        forward += e * (T * inner + T * F)
+    else:
+        forward += e * T * F * (0 if case.get("level") else 1)  # h beside pre, or alone
+    forward += residual * e * T * N * (3 if bias else 1)  # a pass of its own beside b2
 
-    act = config(T, F, arch(torch.empty(0)))
     backward = 0
 
     def cast(size: int) -> int:
@@ -162,6 +178,7 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     need_x = not case.get("frozen_x")
     if need_x or (trained and norm != "none"):
         backward += e * (T * inner + inner * K + (2 * products - 1) * T * K)  # dpre W1, the second one adds
+        backward += residual * need_x * e * T * N  # dy once more, in the product or the norm's pass
         if norm != "none" or s > 1:
             tiles = _norm.config(rows, channels, arch(torch.empty(0)))
             backward += e * (T * K + need_x * T * K)

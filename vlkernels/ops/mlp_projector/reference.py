@@ -31,9 +31,10 @@ def forward(
     shuffle: int = 1,
     merge: int = 1,
     level: int = 0,
+    residual: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = act(norm(x) W1ᵀ + b1) W2ᵀ + b2; gated: h = act(second half) * first half in place of act(.).
+    """y = act(norm(x) W1ᵀ + b1) W2ᵀ + b2 [+ x]; gated: h = act(second half) * first half in place of act(.).
 
     Args:
         x: (..., C); with shuffle s > 1 (B, h, w, C), both sides multiples of s.
@@ -48,12 +49,15 @@ def forward(
         shuffle: s; each s x s neighbourhood becomes one token with channels in the order (row, column, channel).
         merge: m adjacent rows become one, after the norm (Qwen2-VL's merger: 4).
         level: 0 keeps the first product for backward, 1 recomputes it (one matrix product more, less memory).
+        residual: add x itself, before its norm (a transformer's feed-forward block); N = C, no shuffle, no merge.
         dtype: compute everything in this dtype; autocast sets it. The norm's statistics are float32 in any case.
 
-    Returns: y (..., N), or (B, h w / s², N) with a shuffle, in `dtype`, else in x's dtype.
+    Returns: y (..., N), or (B, h w / s², N) with a shuffle, in `dtype`, else in x's dtype; with `residual` in the wider
+    of that and x's.
 
     Raises: TypeError, ValueError naming the argument, what it got and what is accepted.
     """
+    skip = x
     if dtype is not None:
         x, w1, w2, b1, b2, norm_weight, norm_bias, wg = (
             t if t is None else t.to(dtype) for t in (x, w1, w2, b1, b2, norm_weight, norm_bias, wg)
@@ -68,12 +72,14 @@ def forward(
         h = ACTS[act](gate) * value
     else:
         h = ACTS[act](pre)
-    return F.linear(h, w2, b2)
+    y = F.linear(h, w2, b2)
+    return skip + y if residual else y
 
 
 def residuals(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, dtype
-):
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
+    dtype,
+):  # fmt: skip
     """What kernels save besides arguments: pre (T, F, with a gate 2F) at level 0, the norm's (mean, rstd)."""
     channels = x.shape[-1] * shuffle * shuffle
     rows = x.numel() // channels
@@ -84,8 +90,9 @@ def residuals(
 
 
 def check(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, dtype
-) -> tuple:
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
+    dtype,
+) -> tuple:  # fmt: skip
     """The arguments as forward takes them, or an error that names the one that does not fit."""
     tensors = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2, "norm_weight": norm_weight}
     tensors |= {"norm_bias": norm_bias, "wg": wg}
@@ -119,13 +126,18 @@ def check(
     _check.shape("w2", w2, (w2.shape[0], inner), "(N, F)")
     _check.shape("b1", b1, (w1.shape[0],), "(F,), or (2F,) when gated")
     _check.shape("b2", b2, (w2.shape[0],), "(N,)")
+    if residual and (shuffle > 1 or merge > 1 or w2.shape[0] != x.shape[-1]):
+        raise ValueError(
+            f"residual=True adds x with {x.shape[-1]} channels to {w2.shape[0]}, shuffle is {shuffle}, merge {merge}; "
+            "accepted: equal widths, shuffle=1, merge=1"
+        )
     if dtype is None:
         _check.same_dtype(" (or pass dtype=, or use autocast)", **tensors)
     elif dtype not in _check.FLOATS:
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
     return (
         x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, bool(gated), norm, norm_act, float(eps), shuffle, merge,
-        level, dtype,
+        level, bool(residual), dtype,
     )  # fmt: skip
 
 

@@ -1,0 +1,3 @@
+from ...op import Op
+
+multi_layer_kv = Op(__name__, saves=("x", "weight", "bias", "norm_weight", "norm_bias", "stats"))
