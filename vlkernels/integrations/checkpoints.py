@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# (upstream template, our template); {name} stands for one part of a dotted name and is carried over
+from .mapper_keys import MAPPER_MAPS
+from .qformer_keys import QFORMER_MAPS
+
+# (upstream template, our template); {name} stands for one part of a dotted name and is carried over; an empty template
+# of ours drops the key
 _LORA = (
     ("base_layer.weight", "weight"),
     ("base_layer.bias", "bias"),
@@ -66,6 +70,21 @@ _LLAVA = (
     *_both("{i}", "{i}.pre_norm", "{i}.proj.0", "{i}.proj.2"),
 )
 
+
+def _same(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, name) for name in names)
+
+
+# our resamplers have upstream's names
+_FLAMINGO = (
+    *_same("latents", "frame_embs", "media_time_embs", "media_pos_emb"),
+    *_both("layers.{l}.0.{part}", "layers.{l}.1.{part}", "norm"),
+)
+_IDEFICS2 = (
+    *_same("latents", "norm.weight", "layers.{l}.{part}.weight"),
+    *_same("layers.{l}.self_attn.{part}.weight", "layers.{l}.mlp.{part}.weight"),
+)
+
 KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "lora.linear": _LORA,  # peft tuners/lora/layer.py
     "lora.conv1d": _LORA,  # our weight keeps Conv1D's (in, out) layout
@@ -104,6 +123,17 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
         "obj_order_embedding",
         "layer_norm",
     ),
+    **QFORMER_MAPS,
+    **MAPPER_MAPS,
+    "resampler.openflamingo": _FLAMINGO,  # below perceiver.
+    "resampler.lucidrains": _FLAMINGO,
+    "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),
+    "resampler.idefics": (("latents", "latents"), *_both("blocks.{l}.{block}.{part}", "layer_norm")),
+    "resampler.idefics2": (
+        ("modality_projection.{part}.weight", "modality_projection.{part}.weight"),
+        *_below("perceiver_resampler.", _IDEFICS2),
+    ),
+    "resampler.kosmos2": (("latent_query", "latent_query"), *_both("dense", "x_attn.{part}")),
 }
 
 
@@ -120,6 +150,8 @@ def to_ours(module_id: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
         if not names:
             raise ValueError(f"{module_id}: unknown upstream key {key!r}; known: {_listed(module_id, 0)}")
         name = names[0]
+        if not name:
+            continue  # what upstream keeps and we do not need
         if name in ours and not (ours[name].shape == value.shape and torch.equal(ours[name], value)):
             raise ValueError(f"{module_id}: {key!r} and another key both are our {name!r} but their values differ")
         ours[name] = value

@@ -222,11 +222,12 @@ def set_class(module: nn.Module, cls: type) -> str | None:
 
 def registry() -> tuple[dict[str, str], dict[str, str]]:
     """(what can be swapped, what is left with a reason), by "module:Class"."""
-    from . import blocks
+    from . import blocks, resamplers
     from . import transformers as projectors
 
     prefix = "transformers.models."
     fused = dict.fromkeys((prefix + key for key in projectors.KEYS), f"{projectors.__name__}:projector_class")
+    fused |= dict.fromkeys((prefix + key for key in resamplers.KEYS), f"{resamplers.__name__}:resampler_class")
     for keys, function in ((blocks.ATTENTION, "attention"), (blocks.MLP, "mlp"), (blocks.LAYERS, "layer")):
         fused |= dict.fromkeys((prefix + key for key in keys), f"{blocks.__name__}:{function}_class")
     return TARGETS | fused, LEFT | {prefix + key: reason for key, reason in projectors.LEFT.items()}

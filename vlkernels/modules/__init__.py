@@ -1,5 +1,14 @@
 """Drop-in modules that stand alone, with plain parameter names; `integrations.checkpoints` maps upstream's to them."""
 
+from .abstractor import HoneybeeResampler, MPLUGOwl2Abstractor, MPLUGOwlAbstractor
+from .blip2 import Blip2Stage1
+from .connector import (
+    ConcatProjector,
+    FrameQFormerConnector,
+    QFormerConnector,
+    SpeechProjector,
+    VideoLlamaConnector,
+)
 from .dora import DoRALinear
 from .linear_projector import (
     EpalmConnector,
@@ -12,19 +21,43 @@ from .linear_projector import (
 from .lora import LoRALinear
 from .lora_blocks import LoRAAttention, LoRADecoderLayer, LoRAMLP
 from .lora_embedding import DoRAEmbedding, LoRAEmbedding
+from .mapper import ESPERMLP, ClipCapMLP, ClipCapTransformer, MAPLMapper, MetaMapper
 from .packed import PackedLoRALinear
+from .position_resampler import MiniCPMVResampler, OmniLMMResampler, QwenVLResampler
 from .projector import AdapterMLP, CogVLMGLU, LlavaPooler, LlavaProjector, MLPProjector, PixelShuffleProjector
+from .qformer import ImageKV, QFormer, QFormerCache, QFormerOutput
 from .quantized import QLoRALinear
+from .resampler import LlavaPerceiverResampler, PerceiverResampler
+from .resampler_hf import (
+    Idefics2Connector,
+    Idefics2PerceiverResampler,
+    IdeficsPerceiverResampler,
+    Kosmos2Projection,
+)
+from .visual_query import VisualQuery
 
 __all__ = [
     "AdapterMLP",
+    "Blip2Stage1",
+    "ClipCapMLP",
+    "ClipCapTransformer",
     "CogVLMGLU",
+    "ConcatProjector",
     "DoRAEmbedding",
     "DoRALinear",
+    "ESPERMLP",
     "EpalmConnector",
+    "FrameQFormerConnector",
     "FromageEmbeddings",
+    "HoneybeeResampler",
+    "Idefics2Connector",
+    "Idefics2PerceiverResampler",
+    "IdeficsPerceiverResampler",
+    "ImageKV",
     "ImagePrefix",
+    "Kosmos2Projection",
     "LinearProjector",
+    "LlavaPerceiverResampler",
     "LlavaPooler",
     "LlavaProjector",
     "LoRAAttention",
@@ -32,10 +65,25 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMLP",
+    "MAPLMapper",
     "MLPProjector",
+    "MPLUGOwl2Abstractor",
+    "MPLUGOwlAbstractor",
+    "MetaMapper",
+    "MiniCPMVResampler",
+    "OmniLMMResampler",
     "PackedLoRALinear",
+    "PerceiverResampler",
     "PixelShuffleProjector",
+    "QFormer",
+    "QFormerCache",
+    "QFormerConnector",
+    "QFormerOutput",
     "QLoRALinear",
+    "QwenVLResampler",
+    "SpeechProjector",
+    "VideoLlamaConnector",
     "VisualEmbedding",
+    "VisualQuery",
     "placeholder_rows",
 ]

@@ -29,7 +29,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
-from .golden_builders import BUILDERS, GoldenError, Named
+from . import golden_builders, golden_mappers, golden_qformers, golden_resamplers
+from .golden_builders import GoldenError, Named
+
+# one line for each family
+BUILDERS = {
+    **golden_builders.BUILDERS,
+    **golden_mappers.BUILDERS,
+    **golden_resamplers.BUILDERS,
+    **golden_qformers.BUILDERS,
+}
 
 # -- files ---------------------------------------------------------------------------------------------------------
 

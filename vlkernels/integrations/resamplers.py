@@ -1,0 +1,269 @@
+"""transformers' perceiver resamplers (Idefics, Idefics2, Kosmos-2) with a fused forward.
+
+A swapped resampler runs `modules.resampler_layers` over its own children: views of our classes, made once, hold the
+same child modules under the same names, and are made anew when a child is another one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..modules._children import child_problem
+from ..modules.resampler_layers import (
+    FeedForward,
+    ResamplerAttention,
+    ResamplerLayer,
+    context_sources,
+    packed_weights,
+    queries,
+    resample,
+)
+from ..modules.resampler_media import Media
+from ..ops.cross_attention import cross_attention
+from .swap import class_key, finished, training_backend
+from .transformers import _act_name, _acts
+
+IDEFICS = "idefics.perceiver:IdeficsPerceiverResampler"
+IDEFICS2 = "idefics2.modeling_idefics2:Idefics2PerceiverResampler"
+KOSMOS2 = "kosmos2.modeling_kosmos2:Kosmos2ImageToTextProjection"
+KEYS = (IDEFICS, IDEFICS2, KOSMOS2)
+
+_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+
+
+def _view(
+    kind: type[nn.Module], names: Mapping[str, str], children: Mapping[str, nn.Module], **attributes
+) -> nn.Module:
+    """A module of `kind` around children that belong to another one; names: role -> name, as its constructor takes."""
+    view = kind.__new__(kind)
+    nn.Module.__init__(view)
+    view.names = dict(names)
+    for role, child in children.items():
+        view.add_module(names[role], child)
+    for name, value in attributes.items():
+        setattr(view, name, value)
+    return view
+
+
+def _rms_view(norm: nn.Module) -> nn.RMSNorm:
+    """nn.RMSNorm with the weight of transformers' class."""
+    view = nn.RMSNorm.__new__(nn.RMSNorm)
+    nn.Module.__init__(view)
+    view.normalized_shape, view.eps, view.elementwise_affine = tuple(norm.weight.shape), norm.variance_epsilon, True
+    view.weight = norm.weight
+    return view
+
+
+def _attention(
+    block: nn.Module, out: str, dropout: float = 0.0, bias: bool = False, **norms: str
+) -> ResamplerAttention:
+    names = {**norms, **_PROJECTIONS, "out": out}
+    children = {role: getattr(block, name) for role, name in names.items()}
+    return _view(ResamplerAttention, names, children, head_dim=block.head_dim, dropout=dropout, bias=bias)
+
+
+def _idefics(m: nn.Module, level: int, acts: dict) -> tuple[list[nn.Module], nn.Module]:
+    norms = {"context_norm": "context_layer_norm", "latents_norm": "latents_layer_norm"}
+    layers = []
+    for attention, mlp in m.blocks:
+        heads = {"q_norm": "q_layer_norm", "k_norm": "k_layer_norm"} if attention.qk_layer_norms else {}
+        parts = {"norm": "ln", "up": "fc", "down": "c_proj"}
+        ffn = _view(
+            FeedForward, parts, {role: getattr(mlp, name) for role, name in parts.items()},
+            act=_act_name(mlp.act, acts), level=level,
+        )  # fmt: skip
+        attention = _attention(attention, "output_proj", **norms, **heads)
+        layers.append(_view(ResamplerLayer, {"attention": "0", "ffn": "1"}, {"attention": attention, "ffn": ffn}))
+    return layers, m.layer_norm
+
+
+def _idefics2(m: nn.Module, level: int, acts: dict) -> tuple[list[nn.Module], nn.Module]:
+    outer = {
+        "latents_norm": "input_latents_norm", "context_norm": "input_context_norm",
+        "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    parts = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    layers = []
+    for layer in m.layers:
+        ffn = _view(
+            FeedForward, parts, {role: getattr(layer.mlp, name) for role, name in parts.items()},
+            act=_act_name(layer.mlp.act_fn, acts), level=level,
+        )  # fmt: skip
+        attention = _attention(layer.self_attn, "o_proj", layer.self_attn.attention_dropout)
+        children = {role: _rms_view(getattr(layer, name)) for role, name in outer.items()}
+        children |= {"attention": attention, "ffn": ffn}
+        # dropout acts where the model trains, which a view does not follow by itself
+        layers.append(_view(ResamplerLayer, {**outer, "attention": "self_attn", "ffn": "mlp"}, children))
+    return layers, _rms_view(m.norm)
+
+
+def _children(m: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(m.modules())
+
+
+def _problem(m: nn.Module, kinds: tuple[type, ...], acts: dict) -> str | None:
+    """Which child stands in the way of reading its weights, or None. kinds: the module's own classes below it."""
+    for path, child in m.named_modules():
+        if child is m:
+            continue
+        known = (nn.Linear, nn.LayerNorm, nn.ModuleList, *kinds, *acts)
+        if (reason := child_problem(path, child, known)) is not None:
+            return reason
+    weights = [p for p in m.parameters()]
+    odd = next((p for p in weights if p.dtype != weights[0].dtype), None)
+    if odd is not None and not torch.is_autocast_enabled(odd.device.type):
+        return f"parameters are {odd.dtype} and {weights[0].dtype}"
+    return None
+
+
+class _Resampler:
+    """Beside a resampler of transformers in its swapped class."""
+
+    def _vlkernels_values(self, x: Tensor) -> tuple | str:
+        """Arguments of one cross_attention of the module on x, or why this call is upstream's own."""
+        if (reason := _problem(self, self._vlkernels_kinds, self._vlkernels_acts)) is not None:
+            return reason
+        weight = self._vlkernels_attention().q_proj.weight
+        if x.dim() != 3:
+            return f"an input of shape {tuple(x.shape)}"
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            return f"x is {x.dtype} over {weight.dtype} weights without autocast"
+        attention = self._vlkernels_attention()
+        K = attention.head_dim
+        heads, groups = (linear.weight.shape[0] // K for linear in (attention.q_proj, attention.k_proj))
+        q = torch.empty((1, self._vlkernels_latents().shape[0], heads, K), dtype=x.dtype, device=x.device)
+        k = torch.empty((1, x.shape[1], groups, K), dtype=x.dtype, device=x.device)
+        return cross_attention.values(q, k, k)
+
+    def _vlkernels_view(self, make: Callable) -> object:
+        """make(), remade when a module or a parameter below is another one."""
+        now = (*_children(self), *self.parameters())
+        have = self.__dict__.get("_vlkernels_cache")
+        if have is None or len(have[0]) != len(now) or any(a is not b for a, b in zip(have[0], now, strict=True)):
+            have = self._vlkernels_cache = _Kept((now, make()))
+        return have[1]
+
+    def vlkernels_state(self) -> tuple[str, str]:
+        """(backend, reason) for a training step in this module's present state."""
+        weight = self._vlkernels_attention().k_proj.weight
+        x = torch.empty((1, 64, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+        return training_backend(cross_attention, self._vlkernels_values(x))
+
+    def vlkernels_configure(self, **_) -> None:
+        self.__dict__.pop("_vlkernels_cache", None)
+
+
+class _Kept(tuple):
+    """Made from the modules at hand; copies and pickles of those make their own."""
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+@functools.cache
+def resampler_class(original: type) -> type:
+    """The static subclass of a class of KEYS that swapped resamplers get."""
+    key = class_key(original).removeprefix("transformers.models.")
+    return _kosmos2_class(original) if key == KOSMOS2 else _perceiver_class(original, key)
+
+
+def _perceiver_class(original: type, key: str) -> type:
+    import importlib
+
+    acts = {**_acts(), nn.GELU: "gelu"}
+    module = importlib.import_module(original.__module__)
+    names = {
+        IDEFICS: ("IdeficsPerceiverAttention", "IdeficsMLP"),
+        IDEFICS2: ("Idefics2PerceiverLayer", "Idefics2PerceiverAttention", "Idefics2MLP", "Idefics2RMSNorm"),
+    }[key]
+    kinds = tuple(getattr(module, name) for name in names)
+    layers = _idefics if key == IDEFICS else _idefics2
+
+    class Fused(_Resampler, original):
+        _vlkernels_kinds, _vlkernels_acts = kinds, acts
+
+        def forward(self, context: Tensor, attention_mask: Tensor | None = None, **kwargs):
+            values = "called with keyword arguments" if kwargs else self._vlkernels_values(context)
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+                values = f"a mask of shape {tuple(attention_mask.shape)}"
+            if isinstance(values, str) or backends.choose(cross_attention, values) == "reference":
+                mask = () if key == IDEFICS else (attention_mask,)
+                return super().forward(context, *mask, **kwargs)
+            stack, norm = self._vlkernels_view(lambda: layers(self, 0, acts))
+            for layer in stack:
+                layer.part("attention").training = self.training
+            mask = None if attention_mask is None else attention_mask != 0
+            return resample(self.latents, stack, norm, Media(context, mask, None), 0)
+
+        def _vlkernels_attention(self) -> nn.Module:
+            return self.blocks[0][0] if key == IDEFICS else self.layers[0].self_attn
+
+        def _vlkernels_latents(self) -> Tensor:
+            return self.latents
+
+    return finished(Fused, original, __name__)
+
+
+def _kosmos2_class(original: type) -> type:
+    """One attention without norms. Upstream also returns the attention's weights, which only its eager form has."""
+    import importlib
+
+    kinds = (importlib.import_module(original.__module__).KosmosTextAttention,)
+
+    class Fused(_Resampler, original):
+        _vlkernels_kinds, _vlkernels_acts = kinds, {}
+
+        def forward(self, features: Tensor):
+            values = self._vlkernels_values(features)
+            if not isinstance(values, str) and self.x_attn.config._attn_implementation == "eager":
+                values = "eager attention, which returns its weights"
+            if isinstance(values, str) or backends.choose(cross_attention, values) == "reference":
+                return super().forward(features)
+            dropout = self.x_attn.dropout
+            attention = self._vlkernels_view(lambda: _attention(self.x_attn, "out_proj", dropout, bias=True))
+            attention.training = self.training
+            x, pair = self.dense(features), [(attention, None)]
+            heads = queries(attention, None, self.latent_query[None], *packed_weights(pair)[0])
+            media = Media(x, None, None)
+            y = media.attend(attention, heads, context_sources(pair, x, 0)[0])
+            return self.x_attn.out_proj(y), None
+
+        def _vlkernels_values(self, x: Tensor) -> tuple | str:
+            if self.x_attn.inner_attn_ln is not None:
+                return "the attention has a norm inside"
+            return super()._vlkernels_values(x)
+
+        def vlkernels_state(self) -> tuple[str, str]:
+            if self.x_attn.config._attn_implementation == "eager":
+                return "stock", "eager attention, which returns its weights"
+            return super().vlkernels_state()
+
+        def _vlkernels_attention(self) -> nn.Module:
+            return self.x_attn
+
+        def _vlkernels_latents(self) -> Tensor:
+            return self.latent_query
+
+    return finished(Fused, original, __name__)
+
+
+def __getattr__(name: str):
+    import importlib
+
+    for key in KEYS:
+        module, _, cls = key.partition(":")
+        if cls == name:
+            return resampler_class(getattr(importlib.import_module(f"transformers.models.{module}"), cls))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
