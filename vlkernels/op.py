@@ -21,6 +21,7 @@ _SCHEMA_TYPES = {
     bool: "bool",
     str: "str",
     torch.dtype | None: "ScalarType?",
+    list[Tensor]: "Tensor[]",
 }
 
 
@@ -44,12 +45,20 @@ class Op:
         an op that has one. Every argument that can get a gradient must be among them (its shape is needed); a
         parameter costs nothing there.
     like: arguments that are not kept: their gradient has shape and dtype of the gradient of output number like[name].
+    parts: argument -> the argument that lists the tensors whose concatenation it is. Where that list is not empty, they
+        are kept for backward and joined again there; they get no gradient by themselves.
     """
 
-    def __init__(self, module: str, saves: tuple[str, ...], like: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        module: str,
+        saves: tuple[str, ...],
+        like: Mapping[str, int] | None = None,
+        parts: Mapping[str, str] | None = None,
+    ):
         self.name = module.rpartition(".")[2]
         self.saves = saves
-        self.like = like or {}
+        self.like, self.parts = like or {}, parts or {}
         self.reference = importlib.import_module(module + ".reference")
         self.__doc__ = self.reference.forward.__doc__
         signature = inspect.signature(self.reference.forward, eval_str=True)
@@ -155,15 +164,23 @@ class Op:
         by_name.update(zip(self.residuals, output[self.outputs :], strict=True))
         ctx.mark_non_differentiable(*output[self.outputs :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(by_name[name] for name in self.saves))
+        kept = [tuple(by_name[self.parts[n]]) if n in self.parts else () for n in self.saves]
+        ctx.pieces = tuple(len(pieces) for pieces in kept)
+        saved = [pieces or (by_name[n],) for n, pieces in zip(self.saves, kept, strict=True)]
+        ctx.save_for_backward(*(t for group in saved for t in group))
 
     def _autograd(self, ctx, *grads):
         grads = grads[: self.outputs]
-        needs = [bool(need) for need in ctx.needs_input_grad[: len(self.names)]]
+        listed = dict(zip(self.names, ctx.needs_input_grad, strict=False))
+        # a list of tensors wants a list of its own
+        none = {n: [None] * len(need) if isinstance(need, (list, tuple)) else None for n, need in listed.items()}
+        needs = [none[n] is None and bool(listed[n]) for n in self.names]
         if all(g is None for g in grads) or not any(needs):
-            return (None,) * (len(self.names) + 1)
-        results = iter(self._backward_operator(*grads, *ctx.saved_tensors, *ctx.others, needs, ctx.backend))
-        return (*(next(results) if need else None for need in needs), None)
+            return (*none.values(), None)
+        kept = iter(ctx.saved_tensors)
+        saved = [next(kept) if not n else torch.cat([next(kept).detach() for _ in range(n)]) for n in ctx.pieces]
+        results = iter(self._backward_operator(*grads, *saved, *ctx.others, needs, ctx.backend))
+        return (*(next(results) if need else none[n] for n, need in zip(self.names, needs, strict=True)), None)
 
     def _backward(self, *values):
         *values, needs, backend = values

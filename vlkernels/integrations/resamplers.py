@@ -1,19 +1,16 @@
 """transformers' perceiver resamplers (Idefics, Idefics2, Kosmos-2) with a fused forward.
 
-A swapped resampler runs `modules.resampler_layers` over its own children: views of our classes, made once, hold the
-same child modules under the same names, and are made anew when a child is another one.
+A swapped resampler runs `modules.resampler_layers` over its own children, through views of our classes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..modules._children import child_problem
 from ..modules.resampler_layers import (
     FeedForward,
     ResamplerAttention,
@@ -25,7 +22,8 @@ from ..modules.resampler_layers import (
 )
 from ..modules.resampler_media import Media
 from ..ops.cross_attention import cross_attention
-from .swap import class_key, finished, training_backend
+from ._views import Viewed, problem, view_of
+from .swap import Shown, class_key, finished, training_backend
 from .transformers import _act_name, _acts
 
 IDEFICS = "idefics.perceiver:IdeficsPerceiverResampler"
@@ -34,20 +32,6 @@ KOSMOS2 = "kosmos2.modeling_kosmos2:Kosmos2ImageToTextProjection"
 KEYS = (IDEFICS, IDEFICS2, KOSMOS2)
 
 _PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
-
-
-def _view(
-    kind: type[nn.Module], names: Mapping[str, str], children: Mapping[str, nn.Module], **attributes
-) -> nn.Module:
-    """A module of `kind` around children that belong to another one; names: role -> name, as its constructor takes."""
-    view = kind.__new__(kind)
-    nn.Module.__init__(view)
-    view.names = dict(names)
-    for role, child in children.items():
-        view.add_module(names[role], child)
-    for name, value in attributes.items():
-        setattr(view, name, value)
-    return view
 
 
 def _rms_view(norm: nn.Module) -> nn.RMSNorm:
@@ -64,7 +48,7 @@ def _attention(
 ) -> ResamplerAttention:
     names = {**norms, **_PROJECTIONS, "out": out}
     children = {role: getattr(block, name) for role, name in names.items()}
-    return _view(ResamplerAttention, names, children, head_dim=block.head_dim, dropout=dropout, bias=bias)
+    return view_of(ResamplerAttention, names, children, head_dim=block.head_dim, dropout=dropout, bias=bias)
 
 
 def _idefics(m: nn.Module, level: int, acts: dict) -> tuple[list[nn.Module], nn.Module]:
@@ -73,12 +57,12 @@ def _idefics(m: nn.Module, level: int, acts: dict) -> tuple[list[nn.Module], nn.
     for attention, mlp in m.blocks:
         heads = {"q_norm": "q_layer_norm", "k_norm": "k_layer_norm"} if attention.qk_layer_norms else {}
         parts = {"norm": "ln", "up": "fc", "down": "c_proj"}
-        ffn = _view(
+        ffn = view_of(
             FeedForward, parts, {role: getattr(mlp, name) for role, name in parts.items()},
             act=_act_name(mlp.act, acts), level=level,
         )  # fmt: skip
         attention = _attention(attention, "output_proj", **norms, **heads)
-        layers.append(_view(ResamplerLayer, {"attention": "0", "ffn": "1"}, {"attention": attention, "ffn": ffn}))
+        layers.append(view_of(ResamplerLayer, {"attention": "0", "ffn": "1"}, {"attention": attention, "ffn": ffn}))
     return layers, m.layer_norm
 
 
@@ -90,7 +74,7 @@ def _idefics2(m: nn.Module, level: int, acts: dict) -> tuple[list[nn.Module], nn
     parts = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     layers = []
     for layer in m.layers:
-        ffn = _view(
+        ffn = view_of(
             FeedForward, parts, {role: getattr(layer.mlp, name) for role, name in parts.items()},
             act=_act_name(layer.mlp.act_fn, acts), level=level,
         )  # fmt: skip
@@ -98,35 +82,16 @@ def _idefics2(m: nn.Module, level: int, acts: dict) -> tuple[list[nn.Module], nn
         children = {role: _rms_view(getattr(layer, name)) for role, name in outer.items()}
         children |= {"attention": attention, "ffn": ffn}
         # dropout acts where the model trains, which a view does not follow by itself
-        layers.append(_view(ResamplerLayer, {**outer, "attention": "self_attn", "ffn": "mlp"}, children))
+        layers.append(view_of(ResamplerLayer, {**outer, "attention": "self_attn", "ffn": "mlp"}, children))
     return layers, _rms_view(m.norm)
 
 
-def _children(m: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(m.modules())
-
-
-def _problem(m: nn.Module, kinds: tuple[type, ...], acts: dict) -> str | None:
-    """Which child stands in the way of reading its weights, or None. kinds: the module's own classes below it."""
-    for path, child in m.named_modules():
-        if child is m:
-            continue
-        known = (nn.Linear, nn.LayerNorm, nn.ModuleList, *kinds, *acts)
-        if (reason := child_problem(path, child, known)) is not None:
-            return reason
-    weights = [p for p in m.parameters()]
-    odd = next((p for p in weights if p.dtype != weights[0].dtype), None)
-    if odd is not None and not torch.is_autocast_enabled(odd.device.type):
-        return f"parameters are {odd.dtype} and {weights[0].dtype}"
-    return None
-
-
-class _Resampler:
+class _Resampler(Viewed):
     """Beside a resampler of transformers in its swapped class."""
 
     def _vlkernels_values(self, x: Tensor) -> tuple | str:
         """Arguments of one cross_attention of the module on x, or why this call is upstream's own."""
-        if (reason := _problem(self, self._vlkernels_kinds, self._vlkernels_acts)) is not None:
+        if (reason := problem(self, self._vlkernels_kinds, self._vlkernels_acts)) is not None:
             return reason
         weight = self._vlkernels_attention().q_proj.weight
         if x.dim() != 3:
@@ -140,36 +105,11 @@ class _Resampler:
         k = torch.empty((1, x.shape[1], groups, K), dtype=x.dtype, device=x.device)
         return cross_attention.values(q, k, k)
 
-    def _vlkernels_view(self, make: Callable) -> object:
-        """make(), remade when a module or a parameter below is another one."""
-        now = (*_children(self), *self.parameters())
-        have = self.__dict__.get("_vlkernels_cache")
-        if have is None or len(have[0]) != len(now) or any(a is not b for a, b in zip(have[0], now, strict=True)):
-            have = self._vlkernels_cache = _Kept((now, make()))
-        return have[1]
-
     def vlkernels_state(self) -> tuple[str, str]:
         """(backend, reason) for a training step in this module's present state."""
         weight = self._vlkernels_attention().k_proj.weight
         x = torch.empty((1, 64, weight.shape[1]), dtype=weight.dtype, device=weight.device)
         return training_backend(cross_attention, self._vlkernels_values(x))
-
-    def vlkernels_configure(self, **_) -> None:
-        self.__dict__.pop("_vlkernels_cache", None)
-
-
-class _Kept(tuple):
-    """Made from the modules at hand; copies and pickles of those make their own."""
-
-    def __deepcopy__(self, memo):
-        return None
-
-    def __reduce__(self):
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None
 
 
 @functools.cache
@@ -191,7 +131,7 @@ def _perceiver_class(original: type, key: str) -> type:
     kinds = tuple(getattr(module, name) for name in names)
     layers = _idefics if key == IDEFICS else _idefics2
 
-    class Fused(_Resampler, original):
+    class Fused(_Resampler, original, metaclass=Shown):
         _vlkernels_kinds, _vlkernels_acts = kinds, acts
 
         def forward(self, context: Tensor, attention_mask: Tensor | None = None, **kwargs):

@@ -222,12 +222,13 @@ def set_class(module: nn.Module, cls: type) -> str | None:
 
 def registry() -> tuple[dict[str, str], dict[str, str]]:
     """(what can be swapped, what is left with a reason), by "module:Class"."""
-    from . import blocks, resamplers
+    from . import blocks, qformer, resamplers
     from . import transformers as projectors
 
     prefix = "transformers.models."
     fused = dict.fromkeys((prefix + key for key in projectors.KEYS), f"{projectors.__name__}:projector_class")
-    fused |= dict.fromkeys((prefix + key for key in resamplers.KEYS), f"{resamplers.__name__}:resampler_class")
+    for room, function in ((resamplers, "resampler_class"), (qformer, "qformer_class")):
+        fused |= dict.fromkeys((prefix + key for key in room.KEYS), f"{room.__name__}:{function}")
     for keys, function in ((blocks.ATTENTION, "attention"), (blocks.MLP, "mlp"), (blocks.LAYERS, "layer")):
         fused |= dict.fromkeys((prefix + key for key in keys), f"{blocks.__name__}:{function}_class")
     return TARGETS | fused, LEFT | {prefix + key: reason for key, reason in projectors.LEFT.items()}
@@ -258,6 +259,14 @@ def training_backend(op, values: tuple | str) -> tuple[str, str]:
     with torch.enable_grad():
         decision = backends.decide(op, values)
     return decision.chosen, "" if decision.chosen == backends.ORDER[0] else decision.reason
+
+
+class Shown(type):
+    """Of fused classes of whole transformers models, which prints as the original: by that text transformers looks up
+    which outputs a model records."""
+
+    def __repr__(cls) -> str:
+        return repr(cls.__dict__["vlkernels_original"]) if "vlkernels_original" in cls.__dict__ else super().__repr__()
 
 
 def finished(fused: type, original: type, module: str) -> type:

@@ -37,10 +37,14 @@ def layers_kv(
         flat = [w for layer in weights for w in layer]
         weight = torch.cat(flat) if len(flat) > 1 else flat[0]
         bias = None if biases is None else torch.cat([b for layer in biases for b in layer])
-        y = multi_layer_kv(x, weight, bias, scale, shift, layers=len(weights), norm=norm, eps=eps)
+        # the layers' own weights are kept for backward, not their concatenation
+        parts = flat if len(flat) > 1 else ()
+        y = multi_layer_kv(x, weight, bias, scale, shift, parts, layers=len(weights), norm=norm, eps=eps)
         kv = y.unflatten(-1, (2 * len(weights), -1, head_dim)).unbind(-3)
         return [{"k": k, "v": v} for k, v in zip(kv[0::2], kv[1::2], strict=True)]
     n = normalised(x, norm, None, None, eps)
+    if torch.is_autocast_enabled(x.device.type) and n.dtype != torch.float64:
+        n = n.to(torch.get_autocast_dtype(x.device.type))  # what the products take, and all that is kept
     found = []
     for i, layer in enumerate(weights):
         weight = torch.cat(list(layer)) if len(layer) > 1 else layer[0]

@@ -19,9 +19,12 @@ def plain(*children: nn.Module) -> bool:
     return all(child_problem("child", child, (nn.Linear, nn.LayerNorm)) is None for child in children)
 
 
-def norm_options(norm: nn.LayerNorm) -> dict:
-    """The arguments of an op that does the norm itself."""
-    return {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+def norm_options(norm: nn.LayerNorm | nn.RMSNorm | None) -> dict:
+    """The arguments of an op that does the norm itself; none of them without a norm."""
+    if norm is None:
+        return {}
+    kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
+    return {"norm": kind, "eps": norm.eps, "norm_weight": norm.weight, "norm_bias": getattr(norm, "bias", None)}
 
 
 def projections(
@@ -62,7 +65,7 @@ def packed_projection(
     bias = biases if biases is None or len(biases) > 1 else biases[0]
     y = linear_projector(
         x, weight, torch.cat(list(bias)) if isinstance(bias, Sequence) else bias, position=position,
-        position_index=index, **norm_options(norm),
+        position_index=index, parts=list(weights) if len(weights) > 1 else (), **norm_options(norm),
     )  # fmt: skip
     return list(y.split([w.shape[0] for w in weights], -1))
 

@@ -43,7 +43,9 @@ def projected(stream: Stream, linears: Sequence[nn.Module]) -> tuple[Tensor, ...
     weight, bias = joined([linear.weight for linear in linears]), None
     if linears[0].bias is not None:
         bias = joined([linear.bias for linear in linears])
-    y = linear_projector(stream.s, weight, bias, **_norm_options(stream.norm, "norm_weight", "norm_bias"))
+    parts = [linear.weight for linear in linears] if len(linears) > 1 else ()
+    options = _norm_options(stream.norm, "norm_weight", "norm_bias")
+    y = linear_projector(stream.s, weight, bias, parts=parts, **options)
     return y.split([linear.out_features for linear in linears], -1)
 
 

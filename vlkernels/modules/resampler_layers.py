@@ -23,6 +23,7 @@ from ..ops.linear_projector import linear_projector
 from ..ops.mlp_projector import mlp_projector
 from ._children import child_problem, hook_problem
 from ._kv import layers_kv
+from ._parts import norm_options
 from .resampler_media import Media
 
 
@@ -210,15 +211,6 @@ def in_one_dtype(latents: Tensor, *linears: nn.Linear) -> bool:
     return latents.dtype == dtype and all(linear.weight.dtype == dtype for linear in linears)
 
 
-def norm_options(norm: nn.Module | None) -> dict:
-    """The arguments of an op that does the norm itself."""
-    if norm is None:
-        return {}
-    shift = getattr(norm, "bias", None)
-    kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
-    return {"norm": kind, "eps": norm.eps, "norm_weight": norm.weight, "norm_bias": shift}
-
-
 def keys_values(attention: ResamplerAttention, norm: nn.Module | None, x: Tensor) -> dict[str, Tensor]:
     """{"k", "v"} of x (..., C) in one layer, through the children."""
     n = x if norm is None else norm(x)
@@ -237,7 +229,10 @@ def queries(
         n = latents if norm is None else norm(latents)
         q = attention.part("q")(n).unflatten(-1, (-1, attention.head_dim))
         return q, *attention.heads_of(*(child(n) for child in attention.kv))
-    y = linear_projector(latents, weight, bias, **norm_options(norm)).unflatten(-1, (-1, attention.head_dim))
+    parts = [child.weight for child in (attention.part("q"), *attention.kv)]
+    y = linear_projector(latents, weight, bias, parts=parts, **norm_options(norm)).unflatten(
+        -1, (-1, attention.head_dim)
+    )
     H = attention.part("q").out_features // attention.head_dim
     G = (y.shape[-2] - H) // 2
     return y.split([H, G, G], -2)

@@ -27,6 +27,7 @@ def forward(
     position_index: Tensor | None = None,
     into: Tensor | None = None,
     index: Tensor | None = None,
+    parts: list[Tensor] = (),
     norm: str = "none",
     eps: float = 1e-5,
     norm_offset: float = 0.0,
@@ -45,6 +46,7 @@ def forward(
             written to.
         index: int64 with T elements, the rows of `into` (its leading dimensions flattened) that y's rows replace, in
             y's order. All distinct, 0 <= index < L.
+        parts: the tensors whose concatenation `weight` is: kept for backward in its place, without a gradient.
         norm: "none", "layer" (biased variance) or "rms", over the channels after the shuffle.
         eps: added to the variance, or the mean square.
         norm_offset: added to norm_weight (Gemma's RMSNorm: 1).
@@ -74,8 +76,8 @@ def forward(
 
 
 def residuals(
-    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, norm, eps, norm_offset, shuffle,
-    dtype,
+    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, parts, norm, eps,
+    norm_offset, shuffle, dtype,
 ) -> tuple[Tensor]:  # fmt: skip
     """What a kernel's forward saves besides arguments: the norm's (mean, rstd)."""
     rows = x.numel() // (x.shape[-1] * shuffle * shuffle)
@@ -83,8 +85,8 @@ def residuals(
 
 
 def check(
-    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, norm, eps, norm_offset, shuffle,
-    dtype,
+    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, parts, norm, eps,
+    norm_offset, shuffle, dtype,
 ) -> tuple:  # fmt: skip
     """The arguments as forward takes them, or an error that names the one that does not fit."""
     tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -117,7 +119,7 @@ def check(
     elif dtype not in _check.FLOATS:
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
     return (
-        x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, norm, float(eps),
+        x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, parts, norm, float(eps),
         float(norm_offset), shuffle, dtype,
     )  # fmt: skip
 

@@ -30,8 +30,8 @@ ROWS, COLS = 16, 128  # a tile of the row kernel; not timed on a GPU yet
 
 
 def refuses(
-    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, norm, eps, norm_offset, shuffle,
-    dtype,
+    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, parts, norm, eps,
+    norm_offset, shuffle, dtype,
 ) -> str | None:  # fmt: skip
     if (reason := _refuse.common(x, dtype, weight=weight, position=position, into=into)) is not None:
         return reason
@@ -41,8 +41,8 @@ def refuses(
 
 
 def declines(
-    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, norm, eps, norm_offset, shuffle,
-    dtype,
+    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, parts, norm, eps,
+    norm_offset, shuffle, dtype,
 ) -> str | None:  # fmt: skip
     # a position that is not gathered is one pass in plain PyTorch too
     fused = norm != "none" or into is not None or position_index is not None
@@ -50,8 +50,8 @@ def declines(
 
 
 def forward(
-    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, norm, eps, norm_offset, shuffle,
-    dtype,
+    x, weight, bias, norm_weight, norm_bias, position, position_index, into, index, parts, norm, eps,
+    norm_offset, shuffle, dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (..., N), or `into` with y's rows; stats (rows, 2) with a norm."""
     out_dtype, N = dtype or x.dtype, weight.shape[0]

@@ -21,6 +21,7 @@ def forward(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    parts: list[Tensor] = (),
     layers: int = 1,
     norm: str = "none",
     eps: float = 1e-5,
@@ -32,6 +33,7 @@ def forward(
         x: (..., C).
         weight: (L W, C), the layers' weights one below the other. bias: (L W).
         norm_weight, norm_bias: (L, C), a norm's scale and shift in each layer; RMSNorm has no shift.
+        parts: the tensors whose concatenation `weight` is: kept for backward in its place, without a gradient.
         layers: L.
         norm: "none", "layer" (biased variance) or "rms", over C. eps: added to the variance, or the mean square.
         dtype: compute everything in this dtype; autocast sets it. The norm's statistics are float32 in any case.
@@ -61,13 +63,13 @@ def forward(
     return torch.cat(out, -1)
 
 
-def residuals(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -> tuple[Tensor]:
+def residuals(x, weight, bias, norm_weight, norm_bias, parts, layers, norm, eps, dtype) -> tuple[Tensor]:
     """What a kernel's forward saves besides arguments: the norm's (mean, rstd)."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return (x.new_empty((rows, 2) if norm != "none" else (0,), dtype=torch.float32),)
 
 
-def check(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -> tuple:
+def check(x, weight, bias, norm_weight, norm_bias, parts, layers, norm, eps, dtype) -> tuple:
     """The arguments as forward takes them, or an error that names the one that does not fit."""
     tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     _check.floating(**tensors)
@@ -91,7 +93,7 @@ def check(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -> 
         _check.same_dtype(" (or pass dtype=, or use autocast)", **tensors)
     elif dtype not in _check.FLOATS:
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
-    return x, weight, bias, norm_weight, norm_bias, int(layers), norm, float(eps), dtype
+    return x, weight, bias, norm_weight, norm_bias, parts, int(layers), norm, float(eps), dtype
 
 
 def draw(*values) -> tuple:

@@ -20,7 +20,7 @@ from .. import _norm, _refuse, _tl
 from .._device import arch, multiprocessors
 
 
-def refuses(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -> str | None:
+def refuses(x, weight, bias, norm_weight, norm_bias, parts, layers, norm, eps, dtype) -> str | None:
     tensors = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     if (reason := _refuse.common(x, dtype, **tensors)) is not None:
         return reason
@@ -29,12 +29,12 @@ def refuses(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -
     return _norm.refuses(x, norm, 1)
 
 
-def declines(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -> str | None:
+def declines(x, weight, bias, norm_weight, norm_bias, parts, layers, norm, eps, dtype) -> str | None:
     alone = layers == 1 and norm == "none"
     return "one layer without a norm is one linear, which plain PyTorch runs as well" if alone else None
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, layers, norm, eps, dtype) -> tuple[Tensor, Tensor]:
+def forward(x, weight, bias, norm_weight, norm_bias, parts, layers, norm, eps, dtype) -> tuple[Tensor, Tensor]:
     """y (..., L W), stats (rows, 2) with a norm."""
     out_dtype = dtype or x.dtype
     n, stats = _norm.normed(x, None, None, norm, eps, 1, out_dtype)
