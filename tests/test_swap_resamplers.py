@@ -13,6 +13,7 @@ from vlkernels.testing import compare, meter
 pytest.importorskip("transformers")
 
 torch.set_num_threads(1)
+DRAWS = range(2)
 interpreted = pytest.mark.skipif(not meter._tl.INTERPRETED.value, reason="runs in the interpreter")
 
 
@@ -96,15 +97,15 @@ def judged(kind: str, name: str, low: bool) -> bool:
 def test_rule(kind, dtype, autocast):
     """Outputs and gradients on the kernels beside stock, in the same dtypes.
 
-    Root mean square errors over five seeds: with 40 tensors the largest error of some is a matter of luck.
+    Root mean square errors over two draws: with 40 tensors the largest error of some is a matter of luck.
     """
     ours, usual, scale = {}, {}, {}
-    for seed in compare.SEEDS:
+    for seed in DRAWS:
         model, call = made(kind, dtype, seed)
         x = inputs(dtype, seed)
         stock = step(model, call, x, autocast)
         exact = step(copy.deepcopy(model).double(), call, x.double())
-        assert len(vlkernels.swap(model, strict=True)) == 1
+        assert vlkernels.swap(model, strict=True).swapped[0] == ""
         with vlkernels.use_backend("triton"), meter.launches() as counts:
             got = step(model, call, x, autocast)
         backward = "cross_attention_bwd_dq_kernel" if kind == "idefics2" else "cross_attention_bwd_kernel"
@@ -133,7 +134,7 @@ def test_reference_is_stock(kind):
     assert isinstance(model, original) and list(model.state_dict()) == keys
     with vlkernels.use_backend("reference"):
         again = step(model, call, x)
-    assert vlkernels.unswap(model) == 1 and type(model) is original
+    assert vlkernels.unswap(model) and type(model) is original
     back = step(model, call, x)
     assert all(torch.equal(again[n], usual[n]) and torch.equal(back[n], usual[n]) for n in usual)
 
@@ -188,6 +189,37 @@ def test_compiles():
         want = call(model, inputs())
         compiled = torch.compile(lambda x: call(model, x), backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(inputs()), want)
+
+
+@interpreted
+def test_idefics2_connector():
+    """The connector whole: its modality projection and its resampler, beside stock."""
+    from transformers import Idefics2Config
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+
+    config = Idefics2Config(
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+        perceiver_config={"hidden_size": 24, "resampler_n_latents": 5, "resampler_depth": 1, "resampler_n_heads": 4,
+                          "resampler_head_dim": 6, "num_key_value_heads": 2},
+        text_config={"model_type": "mistral", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
+                     "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 30},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Idefics2Connector(config)
+    for p in model.parameters():
+        p.data.normal_(std=0.2) if p.dim() > 1 else p.data.normal_(1.0, 0.3)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 4:] = 0
+    x = inputs()[..., :16]
+    usual, exact = model(x, mask), copy.deepcopy(model).double()(x.double(), mask)
+    report = vlkernels.swap(model, strict=True)
+    assert {e.path for e in report.entries if e.swapped} == {
+        "modality_projection", "perceiver_resampler", "perceiver_resampler.layers.0.mlp"
+    }  # fmt: skip
+    with vlkernels.use_backend("triton"), meter.launches() as counts:
+        got = model(x, mask)
+    assert counts["cross_attention_fwd_kernel"] and counts["mlp_projector_act_kernel"] == 2
+    assert compare.beside("y", got, usual, exact).ok
 
 
 @interpreted

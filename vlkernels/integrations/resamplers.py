@@ -24,7 +24,7 @@ from ..modules.resampler_media import Media
 from ..ops.cross_attention import cross_attention
 from ._views import Viewed, problem, view_of
 from .swap import Shown, class_key, finished, training_backend
-from .transformers import _act_name, _acts
+from .transformers import _act_name, _acts, projector_class
 
 IDEFICS = "idefics.perceiver:IdeficsPerceiverResampler"
 IDEFICS2 = "idefics2.modeling_idefics2:Idefics2PerceiverResampler"
@@ -129,6 +129,8 @@ def _perceiver_class(original: type, key: str) -> type:
         IDEFICS2: ("Idefics2PerceiverLayer", "Idefics2PerceiverAttention", "Idefics2MLP", "Idefics2RMSNorm"),
     }[key]
     kinds = tuple(getattr(module, name) for name in names)
+    if key == IDEFICS2:
+        kinds += (projector_class(module.Idefics2MLP),)  # swapped by itself
     layers = _idefics if key == IDEFICS else _idefics2
 
     class Fused(_Resampler, original, metaclass=Shown):

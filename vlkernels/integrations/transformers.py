@@ -126,6 +126,10 @@ ROWS: dict[str, Row] = {
         norm_act="act1",
         first=_projected,
     ),
+    # the connector's modality projection; a swapped resampler reads those of its own layers itself
+    "idefics2.modeling_idefics2:Idefics2MLP": Row(
+        linear_1="up_proj", gate="gate_proj", act="act_fn", linear_2="down_proj"
+    ),
 }
 
 GEMMA3 = "gemma3.modeling_gemma3:Gemma3MultiModalProjector"
