@@ -65,6 +65,8 @@ def built(key: str, **changes) -> nn.Module:
         module = cls(dim=40, context_dim=24)
     elif cls.__name__ == "Qwen3VLVisionPatchMerger":
         module = cls(config, use_postshuffle_norm=changes.get("post", False))
+    elif cls.__name__ == "Idefics2MLP":
+        module = cls(24, 40, 32, "silu")
     elif cls.__name__ == "Glm4vVisionPatchMerger":
         module = cls(dim=24, context_dim=56, hidden_act="silu")
     elif cls.__name__ == "Gemma3MultiModalProjector":
@@ -84,9 +86,9 @@ def built(key: str, **changes) -> nn.Module:
     return owner
 
 
-def arguments(owner, dtype=torch.float32) -> tuple:
+def arguments(owner, dtype=torch.float32, seed=1) -> tuple:
     name = type(owner.projector).__name__
-    x = torch.randn(SHAPES.get(name, (2, 9, 24)), generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(SHAPES.get(name, (2, 9, 24)), generator=torch.Generator().manual_seed(seed)).to(dtype)
     # two images of 4 x 4 and 4 x 12 pixels: 2 x 2 and 2 x 6 patches
     return (x, torch.tensor([[4, 4], [4, 12]])) if name.startswith("Mistral3") else (x,)
 
@@ -106,10 +108,19 @@ def on(device, owner, args):
 
 
 def check(got, want, exact, dtype):
-    for name in want:
-        scale = float(exact[name].abs().max())
-        limit = 2 * float((want[name].double() - exact[name]).abs().max()) + 4 * ulp(scale, dtype)
-        error = float((got[name].double() - exact[name]).abs().max())
+    check_draws([(got, want, exact)], dtype)
+
+
+def check_draws(draws, dtype):
+    """The rule for (ours, stock's, exact) results; the largest error of one draw is itself a random number."""
+
+    def worst(results, name):
+        return max(float((t[name].double() - exact[name]).abs().max()) for t, exact in results)
+
+    for name in draws[0][0]:
+        scale = max(float(exact[name].abs().max()) for *_, exact in draws)
+        limit = 2 * worst([(want, exact) for _, want, exact in draws], name) + 4 * ulp(scale, dtype)
+        error = worst([(got, exact) for got, _, exact in draws], name)
         assert error <= limit, (name, error, limit, scale)
 
 
@@ -124,19 +135,23 @@ KEYS = list(table.ROWS)
 )
 def test_against_stock(key, dtype, autocast, device):
     owner = built(key).to(dtype)
-    owner, args = on(device, owner, arguments(owner, dtype))
-    exact = run(copy.deepcopy(owner).double(), (args[0].double(), *args[1:]))
-    want = run(owner, args, autocast)
+    inputs = [on(device, owner, arguments(owner, dtype, seed))[1] for seed in range(1, 4)]
+    owner = owner.to(device)
+    exact = [run(copy.deepcopy(owner).double(), (args[0].double(), *args[1:])) for args in inputs]
+    want = [run(owner, args, autocast) for args in inputs]
     report = vlkernels.swap(owner)
     assert len(report) == 1 and report.entries[0].backend == "triton", str(report)
     with meter.launches() as counts:
-        got = run(owner, args, autocast)
-    assert counts["mlp_projector_act_kernel"] == counts["mlp_projector_act_bwd_kernel"] == 1
+        got = [run(owner, args, autocast) for args in inputs]
+    # the activation is a pass of its own, or the epilogue of the product before it
+    assert counts["mlp_projector_act_kernel"] + counts["mlp_projector_gemm_act_kernel"] == len(inputs)
+    assert counts["mlp_projector_act_bwd_kernel"] == len(inputs)
     row = table.ROWS[key]
     if row.norm is not None:
-        assert counts["shuffle_norm_fwd_kernel"] == 2 and counts["shuffle_norm_bwd_kernel"] == 1
-    assert {n: (v.shape, v.dtype) for n, v in got.items()} == {n: (v.shape, v.dtype) for n, v in want.items()}
-    check(got, want, exact, autocast or dtype)
+        assert counts["shuffle_norm_fwd_kernel"] == 2 * len(inputs)
+        assert counts["shuffle_norm_bwd_kernel"] == len(inputs)
+    assert {n: (v.shape, v.dtype) for n, v in got[0].items()} == {n: (v.shape, v.dtype) for n, v in want[0].items()}
+    check_draws(list(zip(got, want, exact, strict=True)), autocast or dtype)
 
 
 MODES = pytest.mark.parametrize(
