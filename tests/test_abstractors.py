@@ -153,11 +153,12 @@ def test_compiles_in_one_graph(name, device):
 
 
 @on_triton
+@pytest.mark.slow
 def test_compiles_in_one_graph_with_kernels(device):
     check_one_graph(CASES["owl2 no cls, level 1"], "triton", device)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "honeybee" else n for n in FAMILIES])
 def test_checkpointing_and_copies(name):
     check_checkpointing(CASES[name], training=True)
     check_copies(CASES[name])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from qformer_by_hand import (
     BACKENDS,
+    SLOW_BACKENDS,
     LAVIS,
     OPS,
     B,
@@ -47,7 +48,7 @@ def _on_the_reference():
 MODES = ["queries", "text", "both", "joint", "two passes", "three passes"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 @pytest.mark.parametrize("mode, level, masked", [
     *((mode, 0, LAVIS) for mode in MODES), ("queries", 1, LOWEST), ("both", 1, LOWEST), ("two passes", 1, LAVIS),
 ])  # fmt: skip
@@ -216,7 +217,7 @@ def hf_models():
     return blip2, InstructBlipQFormerModel(InstructBlipQFormerConfig(**sizes))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["blip2", "instructblip"])
 def test_beside_transformers(name, dtype, backend, device):
