@@ -6,9 +6,9 @@ import pytest
 import torch
 from qformer_by_hand import (
     BACKENDS,
-    SLOW_BACKENDS,
     LAVIS,
     OPS,
+    SLOW_BACKENDS,
     B,
     C,
     D,
