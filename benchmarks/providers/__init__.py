@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -136,6 +137,27 @@ def of(op: Op, kernels: bool = True, peers: bool = False) -> list[Provider]:
 
 def is_built(op: Op, backend: str) -> bool:
     return not isinstance(op.kernels[backend], str)
+
+
+def plain(function: Callable, arguments: Callable[[dict], dict] = dict) -> Callable:
+    """A build that calls function(**arguments(case's)) as plain PyTorch."""
+
+    def build(case: Case, kw: dict, precision: Precision) -> Instance:
+        given = arguments(kw)
+
+        def forward() -> Tensor:
+            with autocast(kw, precision):
+                return function(**given)
+
+        return Instance(forward, leaves_of(kw), frozen_of(kw))
+
+    return build
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile(function), made at its first call."""
+    made = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *args, **kwargs: made()(*args, **kwargs)
 
 
 def tensors(arguments: dict) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ over the concatenation, which runs FlashAttention 2 where no mask keeps it from 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -17,7 +16,7 @@ from vlkernels.ops._shuffle import normalised
 from vlkernels.ops.cross_attention import reference
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, Unavailable, autocast, frozen_of, leaves_of
+from . import Instance, Provider, Unavailable, autocast, compiled, frozen_of, leaves_of
 
 BASELINE = "eager"
 
@@ -91,18 +90,9 @@ def _plain(function):
     return build
 
 
-@functools.cache
-def _compiled():
-    return torch.compile(_eager, dynamic=False)
-
-
-def _compiled_eager(kw: dict) -> Tensor:
-    return _compiled()(kw)
-
-
 PROVIDERS = (
     Provider("eager", _plain(_eager)),
-    Provider("compile", _plain(_compiled_eager)),
+    Provider("compile", _plain(compiled(_eager))),
     Provider("sdpa", _plain(_sdpa)),
 )
 PEERS: tuple[Provider, ...] = ()

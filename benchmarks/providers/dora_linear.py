@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, Unavailable, _lora_layer, autocast, frozen_of, leaves_of
+from . import Instance, Provider, Unavailable, _lora_layer, autocast, compiled, frozen_of, leaves_of
 
 BASELINE = "peft"
 
@@ -46,15 +44,6 @@ def _plain(function):
     return build
 
 
-@functools.cache
-def _compiled():
-    return torch.compile(plain, dynamic=False)
-
-
-def _compiled_plain(**kw) -> Tensor:
-    return _compiled()(**kw)
-
-
 def peft_layer(case: Case, kw: dict) -> nn.Sequential:
     """A model whose only layer is stock peft's lora.Linear with a DoRA adapter of the case's weights."""
     if kw["norm"] is not None:
@@ -72,7 +61,7 @@ stock, swapped = _lora_layer.stock(peft_layer), _lora_layer.swapped(peft_layer)
 PROVIDERS = (
     Provider("peft", stock),
     Provider("eager", _plain(plain)),
-    Provider("compile", _plain(_compiled_plain)),
+    Provider("compile", _plain(compiled(plain))),
     Provider("frozen linear", _lora_layer.frozen, "bound"),
 )
 PEERS = ()

@@ -5,8 +5,6 @@ On a 4-bit case the baselines hold the dequantised weight: what the same layer c
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from vlkernels.ops import _nf4
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, Unavailable, _lora_layer, autocast, frozen_of, leaves_of
+from . import Instance, Provider, Unavailable, _lora_layer, autocast, compiled, frozen_of, leaves_of
 
 BASELINE = "peft"
 
@@ -53,15 +51,6 @@ def _plain(function):
         return Instance(forward, leaves_of(kw), frozen_of(kw))
 
     return build
-
-
-@functools.cache
-def _compiled():
-    return torch.compile(plain, dynamic=False)
-
-
-def _compiled_plain(**kw) -> Tensor:
-    return _compiled()(**kw)
 
 
 def peft_layer(case: Case, kw: dict) -> nn.Sequential:
@@ -133,7 +122,7 @@ def _lorafusion(case: Case, kw: dict, precision: Precision) -> Instance:
 PROVIDERS = (
     Provider("peft", stock),
     Provider("eager", _plain(plain)),
-    Provider("compile", _plain(_compiled_plain)),
+    Provider("compile", _plain(compiled(plain))),
     Provider("frozen linear", _frozen, "bound"),
 )
 

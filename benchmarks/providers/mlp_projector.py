@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import torch
@@ -11,29 +10,9 @@ from torch import Tensor, nn
 from vlkernels.ops.mlp_projector import reference
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, Unavailable, autocast, frozen_of, leaves_of
+from . import Instance, Provider, Unavailable, autocast, compiled, plain
 
 BASELINE = "eager"
-
-
-def _plain(function):
-    def build(case: Case, kw: dict, precision: Precision) -> Instance:
-        def forward() -> Tensor:
-            with autocast(kw, precision):
-                return function(**kw)
-
-        return Instance(forward, leaves_of(kw), frozen_of(kw))
-
-    return build
-
-
-@functools.cache
-def _compiled():
-    return torch.compile(reference.forward, dynamic=False)
-
-
-def _compiled_plain(**kw) -> Tensor:
-    return _compiled()(**kw)
 
 
 def llava(case: Case, kw: dict) -> nn.Sequential:
@@ -89,7 +68,7 @@ def swapped(case: Case, kw: dict, precision: Precision) -> Instance:
     return _module(model, kw, precision)
 
 
-PROVIDERS = (Provider("eager", _plain(reference.forward)), Provider("compile", _plain(_compiled_plain)))
+PROVIDERS = (Provider("eager", plain(reference.forward)), Provider("compile", plain(compiled(reference.forward))))
 PEERS: tuple[Provider, ...] = ()
 
 # swapped modules that the memory report counts: (name, precision, dropout, ours, baseline)

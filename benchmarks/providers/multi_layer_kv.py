@@ -6,9 +6,6 @@ op's one tensor, which costs a copy more, and are therefore checked against it; 
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +13,7 @@ from vlkernels.ops._shuffle import normalised
 from vlkernels.ops.multi_layer_kv import reference
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, Provider, autocast, frozen_of, leaves_of
+from . import Instance, Provider, autocast, compiled, frozen_of, plain
 
 BASELINE = "layers"
 
@@ -43,29 +40,9 @@ def _layers(case: Case, kw: dict, precision: Precision) -> Instance:
     return Instance(forward, leaves, frozen_of(kw))
 
 
-def _plain(function):
-    def build(case: Case, kw: dict, precision: Precision) -> Instance:
-        def forward() -> Tensor:
-            with autocast(kw, precision):
-                return function(**kw)
-
-        return Instance(forward, leaves_of(kw), frozen_of(kw))
-
-    return build
-
-
-@functools.cache
-def _compiled():
-    return torch.compile(reference.forward, dynamic=False)
-
-
-def _compiled_plain(**kw) -> Tensor:
-    return _compiled()(**kw)
-
-
 PROVIDERS = (
     Provider("layers", _layers, "bound"),
-    Provider("eager", _plain(reference.forward)),
-    Provider("compile", _plain(_compiled_plain)),
+    Provider("eager", plain(reference.forward)),
+    Provider("compile", plain(compiled(reference.forward))),
 )
 PEERS: tuple[Provider, ...] = ()

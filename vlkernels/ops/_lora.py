@@ -13,13 +13,12 @@ import triton
 from torch import Tensor
 
 from . import _lora_kernels as kernels
-from . import _lora_plan, _lora_two_source
+from . import _lora_plan, _lora_two_source, _tl
 from ._device import multiprocessors, tuned
 from ._dropout import keep_factor, threshold
 
 MAX_RANK = 512
 MAX_GROUP = 3
-TL_DTYPE = _lora_two_source.TL_DTYPE
 
 
 # -- configuration -------------------------------------------------------------------------------------------------
@@ -173,10 +172,6 @@ def rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def product(dtype: torch.dtype) -> dict:
-    return {"PRODUCT": TL_DTYPE[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
-
-
 def _filled(items: list, missing) -> list:
     """The items of up to three adapters, padded for a kernel that names three."""
     return [*items, *[missing] * (MAX_GROUP - len(items))]
@@ -199,7 +194,7 @@ def down(
         factor, threshold(p),
         GROUP=len(adapters), HAS_DROPOUT=seed is not None,
         BLOCK_T=tile.rows, BLOCK_K=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(outs[0].dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(outs[0].dtype),
     )  # fmt: skip
     if tile.splits > 1:
         for parts, s in zip(targets, outs, strict=True):
@@ -230,7 +225,7 @@ def update(
         scale * (1.0 if seed is None else keep_factor(p)), threshold(p),
         GROUP=len(pairs), HAS_BASE=base is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
         BLOCK_T=tile.rows, BLOCK_N=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(pairs[0][0].dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(pairs[0][0].dtype),
     )  # fmt: skip
 
 
@@ -250,7 +245,7 @@ def outer(
         *_filled([o.stride(0) for o in outs], 0), *_filled([o.stride(1) for o in outs], 0), factor, threshold(p),
         GROUP=len(gs), HAS_DROPOUT=seed is not None,
         BLOCK_T=tile.rows, BLOCK_C=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(gs[0].dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(gs[0].dtype),
     )  # fmt: skip
     if tile.splits > 1:
         for parts, out in zip(targets, outs, strict=True):
@@ -269,7 +264,7 @@ def up(dy2: Tensor, b: Tensor, s: Tensor, scale: float, tile: Tile) -> tuple[Ten
         dy2, b, s, ds_parts, db_parts, count, width, rank, triton.cdiv(count, tile.splits), dy2.stride(0),
         b.stride(0), b.stride(1), count * rank, width * rank, scale,
         BLOCK_T=tile.rows, BLOCK_N=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(s.dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(s.dtype),
     )  # fmt: skip
     if blocks > 1:
         sum_parts(ds_parts, ds)

@@ -33,7 +33,7 @@ def extend(x2: Tensor, a: Tensor, seed: Tensor | None, p: float, scale: float, s
         x2.stride(0), a.stride(0), a.stride(1), ext.stride(0), keep_factor(p), scale, threshold(p),
         COPY=copy, WHOLE=tile.splits == 1, HAS_DROPOUT=seed is not None,
         BLOCK_T=tile.rows, BLOCK_K=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **_lora.product(s.dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(s.dtype),
     )  # fmt: skip
     if tile.splits > 1:
         lora_packed_tail_kernel[(triton.cdiv(s.numel(), 1024),)](

@@ -20,8 +20,6 @@ from torch import Tensor
 from . import _tl
 from ._dropout import keep_factor, threshold
 
-TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -78,21 +76,16 @@ def product(
     strides, rounded to s's dtype; lora_bias only without dropout; out (T, N) with contiguous columns.
     """
     (count, depth), width, rank = x.shape, w.shape[0], s.shape[1]
-    grid = (triton.cdiv(count, tile.rows) * triton.cdiv(width, tile.cols),)
+    grid, low = (triton.cdiv(count, tile.rows) * triton.cdiv(width, tile.cols),), _tl.product(s.dtype)
     lora_two_source_product_kernel[grid](
         x, w, s, b, bias, lora_bias, seed, out, count, depth, width, rank,
         x.stride(0), w.stride(0), w.stride(1), b.stride(0), b.stride(1), out.stride(0),
         scale * (1.0 if seed is None else keep_factor(p)), threshold(p),
         HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, HAS_DROPOUT=seed is not None,
-        PRODUCT=TL_DTYPE[x.dtype], PRECISION=_precision(x.dtype),
-        LOW=TL_DTYPE[s.dtype], LOW_PRECISION=_precision(s.dtype),
+        LOW=low["PRODUCT"], LOW_PRECISION=low["PRECISION"], **_tl.product(x.dtype),
         BLOCK_T=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.depth, BLOCK_R=tile.rank, GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from . import _nf4, _tl
 from ._device import arch, multiprocessors
 from ._scratch import kept
 
-TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # bitsandbytes' dispatch, calibrated on H100 and H200, leaves its fused product above 512 rows
 MAX_ROWS = 512
 
@@ -43,7 +42,7 @@ def dequantize(weight, quant, shape, blocksize, quant_dtype, dtype) -> Tensor:
     rows = max(1, 2048 // blocksize)
     nf4_dequantize_kernel[(triton.cdiv(blocks, rows),)](
         weight, floats, absmax, out, weight.numel(), out.numel(), blocks,
-        BLOCKSIZE=blocksize, ROUND=TL_DTYPE[quant_dtype or torch.float32], BLOCK_Q=rows,
+        BLOCKSIZE=blocksize, ROUND=_tl.TL_DTYPE[quant_dtype or torch.float32], BLOCK_Q=rows,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -101,8 +100,8 @@ def linear(x2, weight, quant, bias, shape, blocksize, quant_dtype, out_dtype) ->
     nf4_linear_kernel[grid](
         x2, weight, floats, absmax, bias if tile.splits == 1 else None, parts, rows, cols, width, per_split,
         x2.stride(0), rows * cols,
-        BLOCKSIZE=blocksize, ALIGNED=width % blocksize == 0, ROUND=TL_DTYPE[quant_dtype or torch.float32],
-        HAS_BIAS=bias is not None and tile.splits == 1, PRODUCT=TL_DTYPE[out_dtype],
+        BLOCKSIZE=blocksize, ALIGNED=width % blocksize == 0, ROUND=_tl.TL_DTYPE[quant_dtype or torch.float32],
+        HAS_BIAS=bias is not None and tile.splits == 1, PRODUCT=_tl.TL_DTYPE[out_dtype],
         PRECISION="tf32x3" if out_dtype == torch.float32 else "ieee",
         BLOCK_T=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.inner,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,

@@ -1,8 +1,17 @@
 """jit helpers shared by Triton kernels."""
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
+
+TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def product(dtype: torch.dtype) -> dict:
+    """How kernels multiply operands of `dtype`: float32 ones in three tf32 terms, which keeps float32's digits."""
+    return {"PRODUCT": TL_DTYPE[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+
 
 # The interpreter keeps bf16 as uint16: it multiplies the raw bits, and truncates where the GPU rounds to nearest even.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))

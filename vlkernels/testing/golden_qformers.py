@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..modules import ConcatProjector, QFormer, QFormerConnector, VideoLlamaConnector
-from .golden_builders import Builder, Named, Run, _accept
+from .golden_builders import Builder, Named, Run, _accept, _run_feats
 
 # of a fused layer; the LM head and the vision norm use the same
 _QFORMER = ("cross_attention", "linear_projector", "mlp_projector", "multi_layer_kv", "norm_residual")
@@ -89,10 +89,6 @@ def _itg(hp: Named) -> tuple[nn.Module, Run]:
         return {"logits": module.qformer.lm_logits(states.text)}
 
     return QFormerConnector(qformer, None, hp["n_query"], ln_vision=False), run
-
-
-def _run_feats(module: nn.Module, inputs: Named) -> dict[str, Tensor]:
-    return {"output": module(inputs["feats"])}
 
 
 def _minigpt(hp: Named) -> tuple[nn.Module, Run]:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..modules import Idefics2Connector, IdeficsPerceiverResampler, LlavaPerceiverResampler, PerceiverResampler
-from .golden_builders import DATA_KEYS, Builder, Named, Run
+from .golden_builders import DATA_KEYS, Builder, Named, Run, _run_x
 
 _ATTENTION = ("cross_attention", "linear_projector", "mlp_projector", "multi_layer_kv")
-
-
-def _run_x(module: nn.Module, inputs: Named) -> dict[str, Tensor]:
-    return {"output": module(inputs["x"])}
 
 
 def _openflamingo(hp: Named) -> tuple[nn.Module, Run]:

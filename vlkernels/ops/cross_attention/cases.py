@@ -205,7 +205,7 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     N, N2, rows, norm = case["N"], case.dims.get("N2", 0), _rows(case), case.get("norm", "none")
     projected, indexed = bool(case.get("C")), bool(case.get("rows"))
     # only rows that the index names are read
-    read = s["kv"] * min(1.0, len(set(_named(case))) / rows) if indexed else s["kv"]
+    read = s["kv"] * min(1.0, B / rows) if indexed else s["kv"]
     sources = read + s["kv2"]
     product = s["x"] + s["w"] + s["kv"] + 2 * e * G * K * bool(case.get("kv_bias")) if projected else 0
     normed = norm_grads = 0
@@ -244,8 +244,3 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     if projected:
         backward += 2 * s["kv"] + 2 * s["x"] + 2 * s["w"] + s["kv"] * bool(case.get("kv_bias"))
     return {"forward": round(forward), "backward": round(backward)}
-
-
-def _named(case: Case) -> list[int]:
-    """Which rows of the first source an index of inputs() names."""
-    return list(range(min(_rows(case), _batch(case)[0])))

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .. import _refuse
+from .. import _refuse, _tl
 from .._device import arch, multiprocessors
 from .._dropout import keep_factor, threshold
-from .._lora import TL_DTYPE
 from .kernels import (
     cross_attention_bwd_dkv_kernel,
     cross_attention_bwd_dq_kernel,
@@ -399,8 +398,7 @@ class _Call:
         flags = {
             "HAS_MASK": mask is not None, "HAS_MASK2": mask2 is not None, "HAS_BIAS": bias is not None,
             "HAS_INDEX": index is not None, "HAS_DROPOUT": p > 0.0, "CAUSAL": causal, "HAS_SECOND": k2 is not None,
-            "PRODUCT": TL_DTYPE[compute], "PRECISION": "tf32x3" if compute == torch.float32 else "ieee",
-            "K": K, "BLOCK_K": max(16, triton.next_power_of_2(K)),
+            **_tl.product(compute), "K": K, "BLOCK_K": max(16, triton.next_power_of_2(K)),
         }  # fmt: skip
         return cls(Dims(B * M, M, N, N2, H, G, K, index is not None), compute, q.dtype, tuple(tensors), numbers, flags)
 

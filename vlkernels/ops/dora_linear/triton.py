@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import _lora, _refuse
+from .. import _lora, _refuse, _tl
 from .._device import arch, multiprocessors
 from .._dropout import keep_factor, threshold
-from .._lora import Dims, Tile, cover, loaded, product
+from .._lora import Dims, Tile, cover, loaded
 from . import kernels
 from .reference import low_rank_dtype
 
@@ -195,7 +195,7 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, low: torch.dtyp
     kernels.dora_norm_kernel[(triton.cdiv(out, tile.rows), blocks)](
         weight, a, b, parts, out, width, rank, *weight.stride(), *a.stride(), *b.stride(), scale,
         BLOCK_N=tile.rows, BLOCK_K=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(low),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(low),
     )  # fmt: skip
     c = torch.empty((out,), dtype=torch.float32, device=weight.device)
     kernels.dora_root_kernel[(triton.cdiv(out, 128),)](parts, c, blocks, out, BLOCK_N=128, num_warps=4)
@@ -215,7 +215,7 @@ def _down(x2: Tensor, a: Tensor, seed: Tensor, p: float, s: Tensor, dtype: torch
         x2, a, seed, parts, kept, count, width, rank, cols_per_split, x2.stride(0), *a.stride(), keep_factor(p),
         threshold(p),
         BLOCK_T=tile.rows, BLOCK_K=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(s.dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(s.dtype),
     )  # fmt: skip
     if tile.splits > 1:
         _lora.sum_parts(parts, s)
@@ -258,7 +258,7 @@ def _update(
         scale, keep_factor(p), threshold(p),
         HAS_PLAIN=plain is not None, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None,
         BLOCK_T=tile.rows, BLOCK_N=tile.cols, BLOCK_R=tile.rank,
-        num_warps=tile.warps, num_stages=tile.stages, **product(s.dtype),
+        num_warps=tile.warps, num_stages=tile.stages, **_tl.product(s.dtype),
     )  # fmt: skip
 
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from .. import _norm, _refuse, _tl
 from .._device import arch, multiprocessors
 
-_TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 def refuses(
     x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
@@ -181,9 +179,9 @@ def _first_and_act(
     if rows:
         mlp_projector_gemm_act_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(inner, tile.cols),)](
             x, w1, b1, pre, h, rows, depth, inner, x.stride(0), w1.stride(0), w1.stride(1),
-            ACT=act, HAS_BIAS=b1 is not None, HAS_PRE=keep_pre, PRODUCT=_TL_DTYPE[x.dtype],
-            PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee", BLOCK_T=tile.rows, BLOCK_F=tile.cols,
+            ACT=act, HAS_BIAS=b1 is not None, HAS_PRE=keep_pre, BLOCK_T=tile.rows, BLOCK_F=tile.cols,
             BLOCK_K=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+            **_tl.product(x.dtype),
         )  # fmt: skip
     return pre, h
 
