@@ -69,9 +69,9 @@ def test_plain_tf32_is_seen(tmp_path):
     """A product of float32 operands in one tf32 pass is reported: the check can fail."""
     code = (
         "from vlkernels.testing import aot\n"
-        "from vlkernels.ops import _lora\n"
-        "plain = _lora.product\n"
-        "_lora.product = lambda dtype: plain(dtype) | {'PRECISION': 'tf32'}\n"
+        "from vlkernels.ops import _tl\n"
+        "plain = _tl.product\n"
+        "_tl.product = lambda dtype: plain(dtype) | {'PRECISION': 'tf32'}\n"
         "from vlkernels import backends\n"
         "builds = aot.recorded_builds(backends.OPS['lora_linear'], 90, ('fp32',))\n"
         "build = next(b for b in builds if b.kernel == 'lora_down_kernel')\n"

@@ -1,6 +1,6 @@
 """Swapped models under FSDP2 and DDP on gloo: whole blocks as units run fused, children as units fall back.
 
-As a script, `python tests/test_distributed.py FOLDER`: the two processes of `test_two_processes`.
+As a script, `python tests/test_distributed.py FOLDER WRAPPING...`: the two processes of `test_two_processes`.
 """
 
 import copy
@@ -121,23 +121,27 @@ def two_steps(wrapping, kind, rank):
     return {"first": first, "second": second, "calls": calls, "inside": inside} | states
 
 
-def one_process(rank, folder):
+def one_process(rank, folder, wrappings):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    kinds = [(wrapping, kind) for wrapping in WRAPPINGS for kind in ("stock", "swapped", "exact")]
+    kinds = [(wrapping, kind) for wrapping in wrappings for kind in ("stock", "swapped", "exact")]
     torch.save({key: two_steps(*key, rank) for key in kinds}, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path, device):
+@pytest.mark.parametrize(
+    "wrappings", [("FSDP2", "DDP"), pytest.param(("FSDP2 in bfloat16",), marks=pytest.mark.slow)], ids=" and ".join
+)
+def test_two_processes(tmp_path, device, wrappings):
     """FSDP2 and DDP over two processes: fused inside the wrapped layers, and the numbers of the unswapped model."""
     if device != "cpu":
         pytest.skip("checked on CPU with gloo")
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, str(tmp_path), *wrappings], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for wrapping, (_, dtype) in WRAPPINGS.items():
+    for wrapping in wrappings:
+        dtype = WRAPPINGS[wrapping][1]
         for rank, results in enumerate(ranks):
             stock, swapped, exact = (results[wrapping, kind] for kind in ("stock", "swapped", "exact"))
             where = f"{wrapping}, rank {rank}"
@@ -219,8 +223,9 @@ def test_fsdp2_projector(mesh):
 
 if __name__ == "__main__":
     # one import for both processes; at this point there is one thread
-    processes = [torch.multiprocessing.get_context("fork").Process(target=one_process, args=(r, Path(sys.argv[1])))
-                 for r in (0, 1)]  # fmt: skip
+    folder, *names = sys.argv[1:]
+    fork = torch.multiprocessing.get_context("fork")
+    processes = [fork.Process(target=one_process, args=(rank, Path(folder), names)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
