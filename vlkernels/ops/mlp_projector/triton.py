@@ -6,6 +6,7 @@ act(pre) together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +36,19 @@ def declines(*values) -> str | None:
 
 def forward(
     x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype,
+    dtype, first_and_act: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (..., N), pre (T, F or 2F) at level 0, stats (rows, 2) with a norm."""
+    """y (..., N), pre (T, F or 2F) at level 0, stats (rows, 2) with a norm.
+
+    first_and_act: another kernel for the first product and the activation, called (x, w1, b1, act, keep_pre).
+    """
     out_dtype = dtype or x.dtype
     xn, stats = _norm.normed(x, norm_weight, norm_bias, norm, eps, shuffle, out_dtype, norm_act)
     xn = xn.reshape(-1, w1.shape[1])
     tiles = config(xn.shape[0], w2.shape[1], w1.shape[1], out_dtype, gated or wg is not None, arch(x))
-    if tiles.product is not None:
+    if first_and_act is not None:
+        pre, h = first_and_act(xn, w1, b1, act, level == 0)
+    elif tiles.product is not None:
         pre, h = _first_and_act(xn, w1, b1, act, level == 0, tiles.product)
     else:
         pre = _first(xn, w1, b1, wg, out_dtype)
