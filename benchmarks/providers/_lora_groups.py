@@ -104,3 +104,21 @@ def providers(names: tuple[str, ...], join: Callable) -> tuple[Provider, ...]:
         # each layer its own node: what the group op is to beat among our own
         Provider("one lora_linear a layer", stock(names, join, _singles)),
     )
+
+
+def unsloth(names: tuple[str, ...], kw: dict, precision: Precision) -> list:
+    """weight, quantisation state, A, B and scale of each projection, as Unsloth's functions take them one by one."""
+    # all of these switch its fused path off in its own integration
+    if kw["p"]:
+        raise Unavailable("its fused path takes dropout 0 only")
+    biases = [kw[f"{name}_{kind}"] for name in names for kind in ("bias", "lora_bias")]
+    if any(b is not None for b in biases) or any(kw[f"{name}_a"] is None for name in names):
+        raise Unavailable("takes projections without bias, all of them adapted")
+    if kw["norm_weight"] is not None or kw.get("residual"):
+        raise Unavailable("takes neither the norm nor the residual")
+    if any(kw.get(f"{name}_quant") is not None for name in names):
+        raise Unavailable("is called here with dense weights only")
+    if precision.compute == torch.float32:
+        raise Unavailable("its kernels are for half precision")
+    each = ([kw[f"{n}_weight"], None, kw[f"{n}_a"], kw[f"{n}_b"], kw[f"{n}_scale"]] for n in names)
+    return [value for values in each for value in values]

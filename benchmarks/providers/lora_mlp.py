@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlkernels.testing.case import Case, Precision
 
-from . import Instance, _lora_groups
+from . import Instance, Provider, Unavailable, _lora_groups, autocast, frozen_of, leaves_of
 
 BASELINE = "peft"
 
@@ -31,5 +31,26 @@ def _of(provider: str):
     return build
 
 
-PROVIDERS = tuple(_lora_groups.Provider(name, _of(name)) for name in ("peft", "compile", "one lora_linear a layer"))
-PEERS = ()
+def _unsloth(case: Case, kw: dict, precision: Precision) -> Instance:
+    try:
+        from unsloth.kernels import fast_lora, geglu, swiglu
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        raise Unavailable(f"unsloth is not importable: {error}") from None
+    projections = _lora_groups.unsloth(("gate", "up", "down"), kw, precision)
+    act, act_backward = {
+        "silu": lambda: (swiglu.swiglu_fg_kernel, swiglu.swiglu_DWf_DW_dfg_kernel),
+        "gelu": lambda: (geglu.geglu_exact_forward_kernel, geglu.geglu_exact_backward_kernel),
+        "gelu_tanh": lambda: (geglu.geglu_approx_forward_kernel, geglu.geglu_approx_backward_kernel),
+    }[kw["act"]]()
+
+    def forward() -> Tensor:
+        with autocast(kw, precision):
+            # in place it would write dx over x, which the next repetition reads
+            return fast_lora.LoRA_MLP.apply(kw["x"][None], *projections, act, act_backward, False)[0]
+
+    return Instance(forward, leaves_of(kw), frozen_of(kw))
+
+
+PROVIDERS = tuple(Provider(name, _of(name)) for name in ("peft", "compile", "one lora_linear a layer"))
+# patches libraries when imported: timed in a process of its own
+PEERS = (Provider("unsloth", _unsloth, "peer"),)
