@@ -11,6 +11,7 @@ from .ops.lora_linear import lora_linear
 from .ops.lora_mlp import lora_mlp
 from .ops.lora_qkv import lora_qkv
 from .ops.mlp_projector import mlp_projector
+from .ops.modality_linear import modality_linear
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
 
@@ -28,6 +29,7 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "mlp_projector",
+    "modality_linear",
     "multi_layer_kv",
     "norm_residual",
     "release_scratch",

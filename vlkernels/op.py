@@ -114,7 +114,7 @@ class Op:
         values = self.reference.draw(*values)
         if backend == "reference":
             return self.reference.forward(*values)
-        out = self._operator(*values, backend)
+        out = _tuple(self._operator(*values, backend))
         return out[0] if self.outputs == 1 else out[: self.outputs]
 
     # -- registration ---------------------------------------------------------------------------------------------
@@ -148,17 +148,18 @@ class Op:
     def _forward(self, *values_and_backend):
         *values, backend = values_and_backend
         with _autocast_off(values[0]):
-            return self.kernels[backend].forward(*values)
+            return _single(self.kernels[backend].forward(*values))
 
     def _fake(self, *values_and_backend):
         *values, _ = values_and_backend
         with _autocast_off(values[0]):
             out = self.reference.forward(*values)
         outputs = (out,) if self.outputs == 1 else tuple(out)
-        return tuple(o.contiguous() for o in outputs) + tuple(self.reference.residuals(*values))
+        return _single(tuple(o.contiguous() for o in outputs) + tuple(self.reference.residuals(*values)))
 
     def _save(self, ctx, inputs, output) -> None:
         *values, ctx.backend = inputs
+        output = _tuple(output)
         by_name = {"y": output[0], **dict(zip(self.names, values, strict=True))}
         ctx.others = tuple(by_name[name] for name in self.others)
         by_name.update(zip(self.residuals, output[self.outputs :], strict=True))
@@ -207,6 +208,15 @@ class Op:
             f"{self.name}: its kernels have no second derivative; run the forward under "
             'vlkernels.use_backend("reference") to differentiate twice'
         )
+
+
+def _single(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """As an operator returns them: one result is no tuple."""
+    return results[0] if len(results) == 1 else results
+
+
+def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
 
 
 def _autocast_off(x: Tensor):
