@@ -134,6 +134,11 @@ class _FakeMake:
 
         return torch.empty((count,), dtype=torch.int64)
 
+    def numbers(self, values):
+        import torch
+
+        return torch.empty((len(values),), dtype=torch.int32)
+
 
 def _build(fn, args, kwargs, arch: int) -> Build:
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -106,3 +106,7 @@ class Make:
         """`count` row numbers in a random order: distinct where there are so many, else every one at least once."""
         order = torch.randperm(max(count, below), generator=self.generator, device=self.device)
         return order[:count].remainder(below)  # a tensor of its own, no view
+
+    def numbers(self, values: Sequence[int]) -> Tensor:
+        """Given integers, as int32."""
+        return torch.tensor(values, dtype=torch.int32, device=self.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ...testing.case import Case, Make
 
 
@@ -62,7 +60,7 @@ def inputs(case: Case, make: Make) -> dict:
     trained = case.get("trained")
     kw = {
         "x": make.normal(T, K, grad=not case.get("frozen_x")),
-        "index": torch.tensor(pattern(case), device=make.device, dtype=torch.int32),
+        "index": make.numbers(pattern(case)),
     }
     for e in range(4):
         has, bias = e < case.get("experts"), e in case.get("biases")

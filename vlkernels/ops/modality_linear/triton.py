@@ -34,13 +34,13 @@ def forward(x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype) -> tuple[Tensor]:
     compute = dtype or x.dtype
     weights, biases = _given(w0, w1, w2, w3), (b0, b1, b2, b3)
     y = torch.empty((*x.shape[:-1], w0.shape[0]), dtype=compute, device=x.device)
-    _product(_rows(x, compute), index.reshape(-1), [w.to(compute) for w in weights], biases, y.view(-1, w0.shape[0]))
+    _product(_rows(x, compute), _numbers(index), [w.to(compute) for w in weights], biases, y.view(-1, w0.shape[0]))
     return (y,)
 
 
 def backward(dy, saved, needs, dtype) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
-    x, index, w0 = saved["x"], saved["index"].reshape(-1), saved["w0"]
+    x, index, w0 = saved["x"], _numbers(saved["index"]), saved["w0"]
     compute = dtype or x.dtype
     dy = _rows(dy, compute)
     grads: dict[str, Tensor] = {}
@@ -78,8 +78,8 @@ def config(rows: int, cols: int, depth: int, dtype: torch.dtype, device_arch: in
     None of the steps below has been timed on a GPU yet.
     """
     wide = dtype == torch.float32  # three tf32 passes: operands and their splits take twice the registers
-    # 256 columns read x half as often; sm_80 takes operands through registers and spills there
-    most = 64 if wide else 256 if device_arch in (0, 90, 100) and not outer else 128
+    # 256 columns read x half as often; where operands go through registers (sm_80, sm_100) they and a bias spill
+    most = 64 if wide else 256 if device_arch in (0, 90) and not outer else 128
     block = lambda n, top: max(16, min(top, triton.next_power_of_2(n)))  # noqa: E731
     return Config(
         block(rows, 64 if wide else 128),
@@ -95,6 +95,11 @@ def config(rows: int, cols: int, depth: int, dtype: torch.dtype, device_arch: in
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
+
+
+def _numbers(index: Tensor) -> Tensor:
+    """(...) of any integers or booleans as contiguous int32 (rows,)."""
+    return index.reshape(-1).to(torch.int32).contiguous()
 
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -263,7 +268,11 @@ def modality_linear_outer_kernel(
     HAS_DW: tl.constexpr, HAS_DB: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dW_e = the sum of dy[t]ᵀ x[t] over the rows of one expert, db_e = the sum of dy[t]"""
+    """dW_e = the sum of dy[t]ᵀ x[t] over the rows of one expert, db_e = the sum of dy[t]
+
+    A tile without such rows costs its index alone. The condition keeps the loads of the next tile from being in flight
+    during this one's product; two programs on a multiprocessor overlap instead.
+    """
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
