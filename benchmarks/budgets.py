@@ -115,6 +115,19 @@ def _norm_bytes(case: Case, precision: Precision) -> int:
     return 8 * (case.get("norm", "none") != "none")
 
 
+def _gate_bytes(case: Case, precision: Precision) -> int:
+    """The gate where there is one: it is an argument beside x, kept and not made."""
+    return case["K"] * _itemsize(precision.base) * bool(case.get("gated"))
+
+
+def _one_tile(case: Case) -> float:
+    """The 64 rows that are counted are one tile of rows, which runs the products of all experts that it has.
+
+    At full size only the tiles do in which one modality ends and the next begins: runs * 128 / T of them.
+    """
+    return LEVEL_0 * len({expert for expert, _ in case.get("runs") if expert >= 0})
+
+
 BUDGETS: dict[str, Budget] = {
     "cross_attention": Budget(
         saved_per_token=_attention_bytes,
@@ -157,6 +170,12 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=_projector_flops,
         small={"T": 128, "C": 32, "F": 64, "N": 64},
+    ),
+    "modality_linear": Budget(
+        saved_per_token=_gate_bytes,
+        saved_per_call=0,
+        flops_ratio=_one_tile,
+        small={"T": 128, "K": 64, "N": 64},
     ),
     "multi_layer_kv": Budget(
         saved_per_token=_norm_bytes,

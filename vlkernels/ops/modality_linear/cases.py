@@ -7,7 +7,8 @@ from ...testing.case import Case, Make
 
 def _case(name, T, K, N, tags=(), recipe="", **options) -> Case:
     """runs: expert and share of the rows of each run, one after the other, -1 for padding; experts: how many;
-    biases: of which experts; trained: which experts' weights and biases get gradients; frozen_x."""
+    biases: of which experts; gated: x is act(gate) * x; trained: which experts' weights and biases get gradients;
+    frozen_x."""
     given = {"runs": ((0, 0.3), (1, 0.5), (0, 0.2)), "experts": 2, "biases": (), "trained": (0, 1), **options}
     return Case(name, {"T": T, "K": K, "N": N}, given, frozenset(tags), recipe)
 
@@ -27,6 +28,9 @@ CASES = (
     _case("one modality", 33, 24, 40, runs=((0, 1.0),)),
     _case("frozen language", 70, 24, 40, trained=(1,), biases=(1,)),
     _case("frozen x", 33, 24, 40, frozen_x=True, biases=(0,)),
+    _case("gated", 70, 43, 24, gated=True, biases=(1,), tags=("all-precisions", "sharp")),
+    _case("gated gelu", 33, 24, 40, gated=True, act="gelu_tanh", trained=(1,)),
+    _case("gated, all frozen", 20, 24, 40, gated=True, trained=()),
     _case("bias alone", 33, 24, 40, trained=(), biases=(1,), train_bias=True),
     _case("long row", 20, 300, 40),
     _case("many columns", 20, 24, 300),
@@ -35,10 +39,11 @@ CASES = (
         for name, T, K, N, biases, recipe in (
             ("cogvlm qkv B4", 5928, 4096, 12288, (), "CogVLM-17B, 4 images of 1225 patches and 256 tokens of text"),
             ("cogvlm gate B4", 5928, 4096, 11008, (), "CogVLM-17B's feed-forward, 4 images"),
-            ("cogvlm down B4", 5928, 11008, 4096, (), "CogVLM-17B's feed-forward, 4 images"),
             ("cogvlm2 qkv B4", 5928, 4096, 6144, (1,), "CogVLM2-8B, 8 groups of 128, a bias for the images"),
         )
     ),
+    _case("cogvlm down B4", 5928, 11008, 4096, ("bench",), "CogVLM-17B's feed-forward with its gate, 4 images",
+          runs=_COGVLM, trained=(1,), gated=True),
     _case("mplug-owl2 k B16", 6144, 4096, 4096, ("bench",), "mPLUG-Owl2, 16 x (64 of an image, 320 of text)",
           runs=((0, 0.1), (1, 1 / 6), (0, 1 - 0.1 - 1 / 6))),
 )  # fmt: skip
@@ -61,6 +66,8 @@ def inputs(case: Case, make: Make) -> dict:
     kw = {
         "x": make.normal(T, K, grad=not case.get("frozen_x")),
         "index": make.numbers(pattern(case)),
+        "gate": make.normal(T, K, grad=not case.get("frozen_x")) if case.get("gated") else None,
+        "act": case.get("act", "silu"),
     }
     for e in range(4):
         has, bias = e < case.get("experts"), e in case.get("biases")
@@ -71,8 +78,9 @@ def inputs(case: Case, make: Make) -> dict:
 
 def fewer_rows(kw: dict, rows: int) -> dict:
     """The same arguments on the first rows of x."""
-    x = kw["x"].detach()[:rows].contiguous().requires_grad_(kw["x"].requires_grad)
-    return kw | {"x": x, "index": kw["index"][:rows].clone()}
+    given = {n: kw[n] for n in ("x", "gate") if kw[n] is not None}
+    cut = {n: t.detach()[:rows].contiguous().requires_grad_(t.requires_grad) for n, t in given.items()}
+    return kw | cut | {"index": kw["index"][:rows].clone()}
 
 
 def _scaled(name: str, factor: float):
@@ -93,7 +101,9 @@ TERMS = {
     "w1 halved": _scaled("w1", 0.5),
     "experts exchanged": lambda kw: kw | {"w0": kw["w1"], "w1": kw["w0"]},
     "one row of another": _first_of_the_second,
-    "padding computed": lambda kw: kw | {"index": kw["index"].clamp(min=0)},
+    "padding computed": lambda kw: kw | {"index": kw["index"].clamp(min=0)} if (kw["index"] < 0).any() else None,
+    "no gate": lambda kw: kw | {"gate": None} if kw["gate"] is not None else None,
+    "another activation": lambda kw: kw | {"act": "gelu"} if kw["gate"] is not None else None,
 }
 
 
@@ -119,10 +129,11 @@ def floor_bytes(case: Case, itemsize: int) -> dict[str, int]:
     need_x = not case.get("frozen_x")
     weights = e * N * K
     trained = [n for n in case.get("trained") if n in live]
+    inputs = 2 if case.get("gated") else 1
     return {
-        "forward": e * (T * K + T * N) + weights * len(live),
-        "backward": e * T * N + need_x * (e * T * K + weights * len(live)) + bool(trained) * e * T * K
-        + weights * len(trained),
+        "forward": e * (inputs * T * K + T * N) + weights * len(live),
+        "backward": e * T * N + need_x * (inputs * e * T * K + weights * len(live))
+        + (bool(trained) or inputs == 2) * inputs * e * T * K + weights * len(trained),
     }  # fmt: skip
 
 
@@ -137,7 +148,11 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     T, K, N, e = case["T"], case["K"], case["N"], itemsize
     counts, need_x = _rows_of(case), not case.get("frozen_x")
     forward = _product_bytes(case, e) + e * N * sum(counts[n] > 0 for n in case.get("biases"))
-    backward = 0
+    backward, gated, again = 0, bool(case.get("gated")), bool(case.get("trained"))
+    if gated:
+        forward += 3 * e * T * K
+        # x, gate, and h again; dh twice and dgate
+        backward += (2 + again + 3 * need_x) * e * T * K if again or need_x else 0
     if need_x:
         # the same product with rows of dy, and dx in place of y
         backward += _product_bytes(case, e) + e * (sum(counts) - T) * (N - K)

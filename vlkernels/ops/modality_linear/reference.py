@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._shuffle import ACTS
 
 EXPERTS = 4
 INDEX_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -28,12 +29,17 @@ def forward(
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     b3: Tensor | None = None,
+    gate: Tensor | None = None,
+    act: str = "silu",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y[t] = x[t] W_eᵀ + b_e with e = index[t]; zero where index[t] names none of the experts.
 
     Args:
         x: (..., K).
+        gate: (..., K), the gate of a feed-forward block, of which this is the last linear: act(gate) * x takes x's
+            place. Kernels keep gate and x for backward and neither act(gate) nor the product.
+        act: of the gate: "silu", "gelu" (erf), "gelu_tanh", "relu", "quick_gelu".
         index: (...), of booleans or integers: the expert of each row. A row of any other number (-1 for padding) is
             zero and costs no product. The values stay on the device: nothing waits for them.
         w0, w1, w2, w3: (N, K), two to four experts. b0, b1, b2, b3: (N), of any of them.
@@ -44,6 +50,9 @@ def forward(
 
     Raises: TypeError, ValueError naming the argument, what it got and what is accepted.
     """
+    if gate is not None:
+        gate, x = (t if dtype is None else t.to(dtype) for t in (gate, x))
+        x = ACTS[act](gate) * x
     weights = [w for w in (w0, w1, w2, w3) if w is not None]
     biases = (b0, b1, b2, b3)[: len(weights)]
     if dtype is not None:
@@ -62,11 +71,11 @@ def residuals(*values) -> tuple:
     return ()
 
 
-def check(x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype) -> tuple:
+def check(x, index, w0, w1, w2, w3, b0, b1, b2, b3, gate, act, dtype) -> tuple:
     """The arguments as forward takes them, or an error that names the one that does not fit."""
     weights = {"w0": w0, "w1": w1, "w2": w2, "w3": w3}
     biases = {"b0": b0, "b1": b1, "b2": b2, "b3": b3}
-    tensors = {"x": x} | weights | biases
+    tensors = {"x": x} | weights | biases | {"gate": gate}
     _check.floating(**tensors)
     if not isinstance(index, Tensor) or index.dtype not in INDEX_DTYPES:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
@@ -75,6 +84,9 @@ def check(x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype) -> tuple:
     if x.dim() < 1 or w0.dim() != 2 or w0.shape[1] != x.shape[-1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, w0 {tuple(w0.shape)}; accepted: x (..., K), w0 (N, K)")
     _check.shape("index", index, tuple(x.shape[:-1]), "x's shape without its channels")
+    _check.shape("gate", gate, tuple(x.shape), "the shape of x")
+    if act not in ACTS:
+        raise ValueError(f"act is {act!r}; accepted: {', '.join(ACTS)}")
     if w2 is None and w3 is not None:
         raise ValueError("w3 is given without w2; experts are numbered without a gap")
     for (name, w), b in zip(weights.items(), biases.values(), strict=True):
@@ -87,7 +99,7 @@ def check(x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype) -> tuple:
         _check.same_dtype(" (or pass dtype=, or use autocast)", **tensors)
     elif dtype not in _check.FLOATS:
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
-    return x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype
+    return x, index, w0, w1, w2, w3, b0, b1, b2, b3, gate, act, dtype
 
 
 def draw(*values) -> tuple:

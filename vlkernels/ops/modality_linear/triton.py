@@ -17,8 +17,8 @@ from .. import _refuse, _tl
 from .._device import arch
 
 
-def refuses(x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype) -> str | None:
-    if (reason := _refuse.common(x, dtype, w0=w0, w1=w1)) is not None:
+def refuses(x, index, w0, w1, w2, w3, b0, b1, b2, b3, gate, act, dtype) -> str | None:
+    if (reason := _refuse.common(x, dtype, w0=w0, w1=w1, gate=gate)) is not None:
         return reason
     if w0.shape[0] == 0 or w0.shape[1] == 0:
         return f"zero channels: w0 {tuple(w0.shape)}"
@@ -29,27 +29,35 @@ def declines(*values) -> str | None:
     return None
 
 
-def forward(x, index, w0, w1, w2, w3, b0, b1, b2, b3, dtype) -> tuple[Tensor]:
+def forward(x, index, w0, w1, w2, w3, b0, b1, b2, b3, gate, act, dtype) -> tuple[Tensor]:
     """y (..., N)."""
     compute = dtype or x.dtype
     weights, biases = _given(w0, w1, w2, w3), (b0, b1, b2, b3)
     y = torch.empty((*x.shape[:-1], w0.shape[0]), dtype=compute, device=x.device)
-    _product(_rows(x, compute), _numbers(index), [w.to(compute) for w in weights], biases, y.view(-1, w0.shape[0]))
+    rows = _rows(x, compute) if gate is None else _gated(_rows(x, compute), _rows(gate, compute), act)
+    _product(rows, _numbers(index), [w.to(compute) for w in weights], biases, y.view(-1, w0.shape[0]))
     return (y,)
 
 
-def backward(dy, saved, needs, dtype) -> dict[str, Tensor]:
+def backward(dy, saved, needs, act, dtype) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
-    x, index, w0 = saved["x"], _numbers(saved["index"]), saved["w0"]
+    x, gate, index, w0 = saved["x"], saved["gate"], _numbers(saved["index"]), saved["w0"]
     compute = dtype or x.dtype
     dy = _rows(dy, compute)
     grads: dict[str, Tensor] = {}
-    if needs["x"]:
+    products = any(needs[f"w{e}"] for e in range(4))
+    rows = _rows(x, compute) if products or gate is not None else dy
+    dx = None
+    if needs["x"] or needs["gate"]:
         weights = [w.to(compute).t() for w in _given(*(saved[f"w{e}"] for e in range(4)))]
         dx = torch.empty((dy.shape[0], w0.shape[1]), dtype=compute, device=x.device)
         _product(dy, index, weights, (None,) * 4, dx)
+    if gate is not None:
+        rows, dx, dgate = _gated_backward(rows, _rows(gate, compute), dx, act, products, needs["gate"])
+        if needs["gate"]:
+            grads["gate"] = dgate.view(gate.shape).to(gate.dtype)
+    if needs["x"]:
         grads["x"] = dx.view(x.shape).to(x.dtype)
-    rows = _rows(x, compute) if any(needs[f"w{e}"] for e in range(4)) else dy
     for e in range(4):
         wanted = {name: saved[name] for name in (f"w{e}", f"b{e}") if needs[name]}
         found = _outer(dy, rows, index, e, f"w{e}" in wanted, f"b{e}" in wanted, w0.shape[1]) if wanted else {}
@@ -90,6 +98,8 @@ def config(rows: int, cols: int, depth: int, dtype: torch.dtype, device_arch: in
     )
 
 
+_BLOCK = 1024  # elements of a program of the gate's passes: 8 a thread, one load of 16 bytes in 16 bits
+
 # -- launches ------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +116,34 @@ def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., C) as (rows, C) in `dtype` with contiguous columns; a view where there is one."""
     t = t.to(dtype).reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _gated(x: Tensor, gate: Tensor, act: str) -> Tensor:
+    """act(gate) * x (rows, K)."""
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if h.numel():
+        modality_linear_gate_kernel[_grid(x)](
+            x, gate, h, x.shape[1], x.stride(0), gate.stride(0), ACT=act, BLOCK=_BLOCK, num_warps=4
+        )
+    return h
+
+
+def _gated_backward(
+    x: Tensor, gate: Tensor, dh: Tensor | None, act: str, again: bool, need_gate: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """h = act(gate) * x once more if `again`, dx over dh's memory, dgate if it is needed."""
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device) if again else None
+    dgate = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_gate else None
+    if x.numel() and (again or dh is not None):
+        modality_linear_gate_bwd_kernel[_grid(x)](
+            x, gate, dh, h, dgate, x.shape[1], x.stride(0), gate.stride(0), ACT=act, HAS_H=again,
+            HAS_DH=dh is not None, HAS_DGATE=need_gate, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return h, dh, dgate
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], triton.cdiv(x.shape[1], _BLOCK)
 
 
 def _product(x: Tensor, index: Tensor, weights: list[Tensor], biases: tuple, out: Tensor) -> None:
@@ -144,6 +182,42 @@ def _outer(
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def modality_linear_gate_kernel(
+    x_ptr, gate_ptr, h_ptr, K, stride_xt, stride_gt, ACT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """h = act(gate) * x"""
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_k = offs_k < K
+    x = tl.load(x_ptr + row * stride_xt + offs_k, mask_k, 0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gt + offs_k, mask_k, 0.0).to(tl.float32)
+    tl.store(h_ptr + row * K + offs_k, _tl.cast(_tl.act(gate, ACT) * x, h_ptr.dtype.element_ty), mask_k)
+
+
+@triton.jit
+def modality_linear_gate_bwd_kernel(
+    x_ptr, gate_ptr, dh_ptr, h_ptr, dgate_ptr, K, stride_xt, stride_gt,
+    ACT: tl.constexpr, HAS_H: tl.constexpr, HAS_DH: tl.constexpr, HAS_DGATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h = act(gate) * x, dx = act(gate) * dh over dh, dgate = act'(gate) * x * dh"""
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_k = offs_k < K
+    x = tl.load(x_ptr + row * stride_xt + offs_k, mask_k, 0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gt + offs_k, mask_k, 0.0).to(tl.float32)
+    opened = _tl.act(gate, ACT)
+    offs = row * K + offs_k
+    if HAS_H:
+        tl.store(h_ptr + offs, _tl.cast(opened * x, h_ptr.dtype.element_ty), mask_k)
+    if HAS_DH:
+        dh = tl.load(dh_ptr + offs, mask_k, 0.0).to(tl.float32)
+        if HAS_DGATE:
+            dgate = dh * x * _tl.act_derivative(gate, ACT)
+            tl.store(dgate_ptr + offs, _tl.cast(dgate, dgate_ptr.dtype.element_ty), mask_k)
+        tl.store(dh_ptr + offs, _tl.cast(dh * opened, dh_ptr.dtype.element_ty), mask_k)
 
 
 @triton.jit
