@@ -40,6 +40,7 @@ OPS = {
     **dict.fromkeys(("clipcap", "llama_adapter_v2_visual", "mapl"),
                     ("cross_attention", "linear_projector", "mlp_projector")),
     "meta_mapper": ("cross_attention", "linear_projector", "norm_residual"),
+    **dict.fromkeys(("cogvlm_layer", "mplug_owl2_layer"), ("modality_linear",)),
     **dict.fromkeys(("honeybee_resampler", "mplug_owl"),
                     ("cross_attention", "linear_projector", "multi_layer_kv", "norm_residual")),
     **dict.fromkeys(("hf_idefics", "llava_next_perceiver", "lucidrains", "openflamingo"),

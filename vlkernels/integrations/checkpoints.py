@@ -133,6 +133,23 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("modality_projection.{part}.weight", "modality_projection.{part}.weight"),
         *_below("perceiver_resampler.", _IDEFICS2),
     ),
+    "expert.cogvlm": (
+        *(
+            (f"self_attn.{{kind}}_expert_{n}.{p}",) * 2
+            for n in ("query_key_value", "dense")
+            for p in ("weight", "bias")
+        ),
+        ("mlp.{kind}_mlp.{proj}.weight", "mlp.{kind}_mlp.{proj}.weight"),
+        ("{norm}.weight", "{norm}.weight"),
+        ("self_attn.rotary_emb.inv_freq", ""),
+    ),
+    "expert.mplug_owl2": (
+        ("{norm}.multiway.{modality}.weight", "{norm}.multiway.{modality}.weight"),
+        ("self_attn.{proj}.multiway.{modality}.weight", "self_attn.{proj}.multiway.{modality}.weight"),
+        ("self_attn.{proj}.weight", "self_attn.{proj}.weight"),
+        ("mlp.{proj}.weight", "mlp.{proj}.weight"),
+        ("self_attn.rotary_emb.inv_freq", ""),
+    ),
     "resampler.kosmos2": (("latent_query", "latent_query"), *_both("dense", "x_attn.{part}")),
 }
 

@@ -10,6 +10,7 @@ from .connector import (
     VideoLlamaConnector,
 )
 from .dora import DoRALinear
+from .expert import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids, cogvlm_vision_mask
 from .linear_projector import (
     EpalmConnector,
     FromageEmbeddings,
@@ -41,6 +42,7 @@ __all__ = [
     "Blip2Stage1",
     "ClipCapMLP",
     "ClipCapTransformer",
+    "CogVLMDecoderLayer",
     "CogVLMGLU",
     "ConcatProjector",
     "DoRAEmbedding",
@@ -68,6 +70,7 @@ __all__ = [
     "MAPLMapper",
     "MLPProjector",
     "MPLUGOwl2Abstractor",
+    "MPLUGOwl2DecoderLayer",
     "MPLUGOwlAbstractor",
     "MetaMapper",
     "MiniCPMVResampler",
@@ -85,5 +88,7 @@ __all__ = [
     "VideoLlamaConnector",
     "VisualEmbedding",
     "VisualQuery",
+    "cogvlm_position_ids",
+    "cogvlm_vision_mask",
     "placeholder_rows",
 ]
