@@ -9,6 +9,7 @@ from .connector import (
     SpeechProjector,
     VideoLlamaConnector,
 )
+from .conv_abstractor import CAbstractor, LDPNetProjector, LDPNetV2Projector, mobilevlm_projector
 from .dora import DoRALinear
 from .linear_projector import (
     EpalmConnector,
@@ -39,6 +40,7 @@ from .visual_query import VisualQuery
 __all__ = [
     "AdapterMLP",
     "Blip2Stage1",
+    "CAbstractor",
     "ClipCapMLP",
     "ClipCapTransformer",
     "CogVLMGLU",
@@ -56,6 +58,8 @@ __all__ = [
     "ImageKV",
     "ImagePrefix",
     "Kosmos2Projection",
+    "LDPNetProjector",
+    "LDPNetV2Projector",
     "LinearProjector",
     "LlavaPerceiverResampler",
     "LlavaPooler",
@@ -85,5 +89,6 @@ __all__ = [
     "VideoLlamaConnector",
     "VisualEmbedding",
     "VisualQuery",
+    "mobilevlm_projector",
     "placeholder_rows",
 ]
