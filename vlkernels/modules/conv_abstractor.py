@@ -137,10 +137,10 @@ class CAbstractor(nn.Module):
             x = x + self.pos_emb
         if isinstance(self.net, nn.Sequential):
             x = self._stage(self.net[0], x, side)
-            x = average_pool(x, side, side, self.side, self.side)
+            x = self._pooled(self.net[1], x, side)
             x = self._stage(self.net[2], x, self.side)
         else:
-            x = average_pool(x, side, side, self.side, self.side)
+            x = self._pooled(self.net, x, side)
         layers = self.readout[::2]
         # pairs of linears run as one op, an odd one at the end alone
         for i in range(0, len(layers), 2):
@@ -155,6 +155,11 @@ class CAbstractor(nn.Module):
         for block in stage:
             x = block(x, side, side, self.level)
         return x
+
+    def _pooled(self, pool: nn.Module, x: Tensor, side: int) -> Tensor:
+        if child_problem("pool", pool, (nn.AdaptiveAvgPool2d,)) is not None:
+            return _called(pool, x, side, side)
+        return average_pool(x, side, side, self.side, self.side)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         key, own = f"{prefix}pos_emb", self.pos_emb

@@ -22,15 +22,15 @@ PRECISIONS = ("fp32", "bf16", "fp16", "amp-bf16")
 _RELU = {"act": "hardswish", "se_act": "relu", "gate": "hardsigmoid"}  # MobileVLM's
 
 CASES = (
-    # every term at once
-    _case("everything", 3, 4, 3, 24, 5, 20, in_norm=True, bias=True, shortcut=True, out_act="silu",
+    # every term at once; 3 images would share a symbol with the weight's 3 rows when shapes are dynamic
+    _case("everything", 4, 2, 2, 24, 5, 20, in_norm=True, bias=True, shortcut=True, out_act="silu",
           tags=("all-precisions", "sharp")),
-    _case("ldp stride 2", 2, 5, 4, 20, 8, 24, stride=2, bias=True, **_RELU, tags=("all-precisions",)),
+    _case("ldp stride 2", 2, 5, 4, 20, 8, 24, stride=2, bias=True, **_RELU),
     _case("ldp skip", 2, 4, 5, 32, 8, 32, bias=True, shortcut=True, own_shortcut=True, **_RELU),
-    _case("level1", 2, 4, 5, 24, 6, 24, in_norm=True, bias=True, shortcut=True, out_act="silu", level=1),
+    _case("level1", 2, 3, 2, 24, 6, 24, in_norm=True, bias=True, shortcut=True, out_act="silu", level=1),
     _case("no affine", 2, 3, 2, 12, 3, 8, affine=False),
-    _case("frozen x", 2, 3, 4, 12, 3, 8, frozen_x=True, bias=True, in_norm=True),
-    _case("frozen weights", 2, 3, 4, 12, 3, 8, frozen=True, bias=True, in_norm=True, shortcut=True),
+    _case("frozen x", 2, 3, 2, 12, 3, 8, frozen_x=True, bias=True, in_norm=True),
+    _case("frozen weights", 2, 2, 3, 12, 3, 8, frozen=True, bias=True, in_norm=True, shortcut=True),
     *(
         _case(name, 16, 24, 24, C, S, N, tags=("bench",), recipe=recipe, bias=True, **options)
         for name, C, S, N, recipe, options in (
@@ -38,7 +38,6 @@ CASES = (
              {"in_norm": True, "shortcut": True, "out_act": "silu"}),
             ("c-abstractor B16 level1", 1024, 256, 1024, "Honeybee's C-Abstractor, first stage, 16 images",
              {"in_norm": True, "shortcut": True, "out_act": "silu", "level": 1}),
-            ("ldp B16", 2048, 512, 2048, "MobileVLM-1.7B's LDP, second block, 16 images", {"stride": 2, **_RELU}),
             ("ldp 2560 B16", 2560, 640, 2560, "MobileVLM-2.7B's LDP, first block, 16 images",
              {"shortcut": True, "own_shortcut": True, **_RELU}),
         )
@@ -111,7 +110,6 @@ def _without_corner(kw: dict) -> dict:
 TERMS = {
     "one tap dropped": _without_corner,
     "fc1_bias dropped": _scaled("fc1_bias", 0.0),
-    "fc1_weight dropped": _scaled("fc1_weight", 0.0),
     "fc2_bias dropped": _scaled("fc2_bias", 0.0),
     "norm_weight halved": _scaled("norm_weight", 0.5),
     "norm_bias dropped": _scaled("norm_bias", 0.0),

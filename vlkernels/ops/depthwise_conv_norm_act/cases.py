@@ -19,14 +19,14 @@ def _case(name, B, H, W, C, tags=(), recipe="", **options) -> Case:
 PRECISIONS = ("fp32", "bf16", "fp16", "amp-bf16")
 
 CASES = (
-    # every term at once
-    _case("everything", 3, 5, 4, 24, bias=True, skip=True, norm_bias=True, act="silu", means=True,
+    # every term at once; 3 images would share a symbol with the weight's 3 rows when shapes are dynamic
+    _case("everything", 4, 5, 4, 24, bias=True, skip=True, norm_bias=True, act="silu", means=True,
           tags=("all-precisions", "sharp")),
     _case("stride 2", 2, 7, 6, 20, stride=2, norm_bias=True, act="hardswish", means=True, tags=("all-precisions",)),
     _case("peg", 2, 4, 6, 20, norm="none", bias=True, skip=True),
     _case("level1", 2, 5, 3, 12, act="silu", level=1, means=True),
     _case("one token", 3, 1, 1, 5, act="relu", norm_bias=True),
-    _case("no norm, two blocks", 1, 15, 5, 140, norm="none", act="gelu", means=True),
+    _case("no norm, two blocks", 1, 5, 4, 140, norm="none", act="gelu", means=True),
     _case("wide", 1, 2, 2, 2100, norm_bias=True, act="silu"),
     _case("frozen x", 2, 4, 4, 12, frozen_x=True, bias=True, act="silu", norm_bias=True),
     _case("frozen weights", 2, 4, 5, 12, frozen=True, stride=2, act="hardswish", norm_bias=True),
