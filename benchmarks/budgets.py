@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from vlkernels.ops.conv_se_linear import cases as conv_se_linear_cases
 from vlkernels.ops.cross_attention import cases as cross_attention_cases
 from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
+from vlkernels.ops.pooled_mlp import cases as pooled_mlp_cases
 from vlkernels.testing.case import Case, Precision
 
 LEVEL_0 = 1.02  # of the baseline's FLOPs, where no matrix product is computed twice
@@ -126,14 +129,55 @@ def _one_tile(case: Case) -> float:
     At full size only the tiles do in which one modality ends and the next begins: runs * 128 / T of them.
     """
     return LEVEL_0 * len({expert for expert, _ in case.get("runs") if expert >= 0})
+def _convolution_bytes(case: Case, precision: Precision) -> int:
+    """The convolution's result at level 0, and 8 bytes of statistics; both a token that comes out."""
+    norm, act = case.get("norm", "layer") != "none", case.get("act", "none") != "none"
+    kept = (norm or act) and case.get("level", 0) == 0
+    return (kept * case["C"] * _itemsize(precision.compute) + 8 * norm) // case.get("stride", 1) ** 2
+
+
+def _conv_se_bytes(case: Case, precision: Precision) -> int:
+    """The convolution's result and the product at level 0, 8 bytes of statistics a norm."""
+    kept = (case["C"] + case["N"]) * (case.get("level", 0) == 0) * _itemsize(precision.compute)
+    return (kept + 16) // case.get("stride", 1) ** 2 + 8 * bool(case.get("in_norm"))
+
+
+def _conv_se_flops(case: Case) -> float:
+    """Level 1 computes the product once more."""
+    ours, level_0 = (sum(conv_se_linear_cases.flops(c).values()) for c in (case, case.derived(level=0)))
+    return LEVEL_0 * ours / level_0
+
+
+def _pooled_flops(case: Case) -> float:
+    """Of the second product's rows every fourth is left; level 1 computes the first product once more."""
+    fewer, all_rows = (pooled_mlp_cases.flops(c) for c in (case, dataclasses.replace(case, dims=_unpooled(case))))
+    again = case.get("level", 0) * 2 * case["T"] * case["C"] * case["F"]
+    eager = sum(all_rows.values()) - again
+    return LEVEL_0 * sum(fewer.values()) / eager
+
+
+def _unpooled(case: Case) -> dict[str, int]:
+    return {**case.dims, "P": case["H"], "Q": case["W"]}
 
 
 BUDGETS: dict[str, Budget] = {
+    "conv_se_linear": Budget(
+        saved_per_token=_conv_se_bytes,
+        saved_per_call=4 * 4096,  # an image's means, for the widest case; the count runs on one image
+        flops_ratio=_conv_se_flops,
+        small={"T": 128, "C": 64, "S": 16, "N": 64},
+    ),
     "cross_attention": Budget(
         saved_per_token=_attention_bytes,
         saved_per_call=8,  # dropout's seed
         flops_ratio=_attention_flops,
         small={"T": 128, "M": 64, "N": 64, "N2": 64, "H": 2, "G": 2, "K": 32},
+    ),
+    "depthwise_conv_norm_act": Budget(
+        saved_per_token=_convolution_bytes,
+        saved_per_call=0,
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "C": 64},
     ),
     "dora_linear": Budget(
         saved_per_token=_dora_bytes,
@@ -188,5 +232,11 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=8,  # dropout's seed
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "C": 64},
+    ),
+    "pooled_mlp": Budget(
+        saved_per_token=lambda case, precision: case["F"] * _itemsize(precision.compute) * (case.get("level", 0) == 0),
+        saved_per_call=0,
+        flops_ratio=_pooled_flops,
+        small={"T": 128, "C": 32, "F": 64, "N": 64},
     ),
 }

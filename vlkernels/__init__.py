@@ -4,7 +4,9 @@ from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
 from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
+from .ops.conv_se_linear import conv_se_linear
 from .ops.cross_attention import cross_attention
+from .ops.depthwise_conv_norm_act import depthwise_conv_norm_act
 from .ops.dora_linear import dora_linear
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
@@ -14,6 +16,7 @@ from .ops.mlp_projector import mlp_projector
 from .ops.modality_linear import modality_linear
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
+from .ops.pooled_mlp import pooled_mlp
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,7 +24,9 @@ __all__ = [
     "DoRALinear",
     "LoRALinear",
     "QLoRALinear",
+    "conv_se_linear",
     "cross_attention",
+    "depthwise_conv_norm_act",
     "dora_linear",
     "explain",
     "linear_projector",
@@ -32,6 +37,7 @@ __all__ = [
     "modality_linear",
     "multi_layer_kv",
     "norm_residual",
+    "pooled_mlp",
     "release_scratch",
     "scratch_limit",
     "swap",

@@ -85,6 +85,16 @@ _IDEFICS2 = (
     *_same("layers.{l}.self_attn.{part}.weight", "layers.{l}.mlp.{part}.weight"),
 )
 
+# so do our convolutional abstractors
+_HONEYBEE_C = (
+    *_same("pos_emb", "eos_tokens", "net.{stage}.{block}.{conv}.conv.weight"),
+    *_both("prenorm", "readout.{i}", "net.{stage}.{block}.{conv}.bn", "net.{stage}.{block}.se.{fc}"),
+)
+_LDP = (
+    *_both("model.mlp.{i}", "model.mb_block.{k}.block.{i}.1", "model.mb_block.{k}.block.1.{fc}"),
+    ("model.mb_block.{k}.block.{i}.0.weight", "model.mb_block.{k}.block.{i}.0.weight"),
+)
+
 KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "lora.linear": _LORA,  # peft tuners/lora/layer.py
     "lora.conv1d": _LORA,  # our weight keeps Conv1D's (in, out) layout
@@ -125,6 +135,9 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     **QFORMER_MAPS,
     **MAPPER_MAPS,
+    "abstractor.honeybee_c": _HONEYBEE_C,  # below abstractor.
+    "projector.mobilevlm_ldp": _LDP,  # below model.mm_projector.
+    "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,
     "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),

@@ -9,6 +9,7 @@ from .connector import (
     SpeechProjector,
     VideoLlamaConnector,
 )
+from .conv_abstractor import CAbstractor, LDPNetProjector, LDPNetV2Projector, mobilevlm_projector
 from .dora import DoRALinear
 from .expert import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids, cogvlm_vision_mask
 from .linear_projector import (
@@ -40,6 +41,7 @@ from .visual_query import VisualQuery
 __all__ = [
     "AdapterMLP",
     "Blip2Stage1",
+    "CAbstractor",
     "ClipCapMLP",
     "ClipCapTransformer",
     "CogVLMDecoderLayer",
@@ -58,6 +60,8 @@ __all__ = [
     "ImageKV",
     "ImagePrefix",
     "Kosmos2Projection",
+    "LDPNetProjector",
+    "LDPNetV2Projector",
     "LinearProjector",
     "LlavaPerceiverResampler",
     "LlavaPooler",
@@ -90,5 +94,6 @@ __all__ = [
     "VisualQuery",
     "cogvlm_position_ids",
     "cogvlm_vision_mask",
+    "mobilevlm_projector",
     "placeholder_rows",
 ]

@@ -104,6 +104,8 @@ def act(x, ACT: tl.constexpr):
         y = x * tl.sigmoid(x)
     elif ACT == "quick_gelu":
         y = x * tl.sigmoid(1.702 * x)
+    elif ACT == "hardswish":
+        y = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666
     else:
         tl.static_assert(ACT == "relu", "unknown activation")
         y = tl.where(x < 0.0, 0.0, x)
@@ -124,6 +126,8 @@ def act_derivative(x, ACT: tl.constexpr):
     elif ACT == "quick_gelu":
         s = tl.sigmoid(1.702 * x)
         y = s * (1.0 + 1.702 * x * (1.0 - s))
+    elif ACT == "hardswish":
+        y = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, x * 0.3333333333333333 + 0.5, 1.0))
     else:
         tl.static_assert(ACT == "relu", "unknown activation")
         y = tl.where(x > 0.0, 1.0, 0.0)
