@@ -115,12 +115,23 @@ def _norm_bytes(case: Case, precision: Precision) -> int:
     return 8 * (case.get("norm", "none") != "none")
 
 
+def _deformable_bytes(case: Case, precision: Precision) -> int:
+    """The maximum and denominator of each head's softmax."""
+    return 8 * case["H"] * bool(case.get("softmax"))
+
+
 BUDGETS: dict[str, Budget] = {
     "cross_attention": Budget(
         saved_per_token=_attention_bytes,
         saved_per_call=8,  # dropout's seed
         flops_ratio=_attention_flops,
         small={"T": 128, "M": 64, "N": 64, "N2": 64, "H": 2, "G": 2, "K": 32},
+    ),
+    "deformable_attention": Budget(
+        saved_per_token=_deformable_bytes,
+        saved_per_call=0,
+        flops_ratio=lambda case: LEVEL_0,  # plain PyTorch samples and multiplies no matrices
+        small={"T": 128, "M": 64, "H": 2, "K": 16},
     ),
     "dora_linear": Budget(
         saved_per_token=_dora_bytes,

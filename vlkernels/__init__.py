@@ -5,6 +5,7 @@ from .integrations.swap import swap, unswap
 from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
 from .ops.cross_attention import cross_attention
+from .ops.deformable_attention import deformable_attention
 from .ops.dora_linear import dora_linear
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
@@ -21,6 +22,7 @@ __all__ = [
     "LoRALinear",
     "QLoRALinear",
     "cross_attention",
+    "deformable_attention",
     "dora_linear",
     "explain",
     "linear_projector",

@@ -9,6 +9,7 @@ from .connector import (
     SpeechProjector,
     VideoLlamaConnector,
 )
+from .deformable import DAbstractor, DeformableDecoderLayer, MultiScaleDeformableAttention
 from .dora import DoRALinear
 from .linear_projector import (
     EpalmConnector,
@@ -43,6 +44,8 @@ __all__ = [
     "ClipCapTransformer",
     "CogVLMGLU",
     "ConcatProjector",
+    "DAbstractor",
+    "DeformableDecoderLayer",
     "DoRAEmbedding",
     "DoRALinear",
     "ESPERMLP",
@@ -71,6 +74,7 @@ __all__ = [
     "MPLUGOwlAbstractor",
     "MetaMapper",
     "MiniCPMVResampler",
+    "MultiScaleDeformableAttention",
     "OmniLMMResampler",
     "PackedLoRALinear",
     "PerceiverResampler",

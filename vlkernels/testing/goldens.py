@@ -29,12 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
-from . import golden_builders, golden_mappers, golden_qformers, golden_resamplers
+from . import golden_builders, golden_deformable, golden_mappers, golden_qformers, golden_resamplers
 from .golden_builders import GoldenError, Named
 
 # one line for each family
 BUILDERS = {
     **golden_builders.BUILDERS,
+    **golden_deformable.BUILDERS,
     **golden_mappers.BUILDERS,
     **golden_resamplers.BUILDERS,
     **golden_qformers.BUILDERS,
