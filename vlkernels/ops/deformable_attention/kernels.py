@@ -136,7 +136,8 @@ def deformable_attention_bwd_points_kernel(
     stride_vb, stride_vs, stride_vh, stride_pb, stride_pq, stride_wb, stride_wq, stride_rb, stride_rq, stride_rl,
     stride_db, stride_dq, stride_dh, blocks,
     HAS_REFERENCE: tl.constexpr, HAS_DREFERENCE: tl.constexpr, OWN_LEVELS: tl.constexpr,
-    SOFTMAX: tl.constexpr, L: tl.constexpr, K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOFTMAX: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """da = dy . sample and its softmax's gradient; dx = a dy . (right - left column), dy likewise; of a reference, the
     head's share of their sum"""

@@ -67,11 +67,11 @@ def config(channels: int, points: int, single: bool, device_arch: int) -> Config
     single: products of float32 operands in three tf32 terms.
     """
     block_k = max(16, triton.next_power_of_2(channels))
-    # four corners of 2048 elements are under way at a time: 64 registers a thread of 128
-    q = max(4, min(32, 2048 // block_k))
-    # the tile of A and its two distances beside the accumulator
+    # four corners of 2048 elements are under way at a time: 64 registers a thread of 128; 32 queries of 16 points spill
+    q = max(4, min(16, 2048 // block_k))
+    # A and its two distances are 8 elements each a thread of 256; 64 x 64 tiles spill
     value_s = 64 if block_k <= 128 and not single else 32
-    return Config(q, 4, 32 if single else 64, value_s, 8 if block_k > 64 or single else 4)
+    return Config(q, 4, 32, value_s, 8)
 
 
 # -- forward and backward ------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def forward(value, points, weights, reference, shapes, softmax, dtype) -> tuple[
     stats = torch.empty(shape, dtype=torch.float32, device=value.device)
     if y.numel() == 0:
         return y, stats
-    value, points, weights, reference = _laid_out(value, points, weights, reference)
+    value, points, weights, reference = laid_out(value, points, weights, reference)
     tiles = config(K, L * P, False, arch(value))
     blocks = triton.cdiv(M, tiles.q)
     deformable_attention_fwd_kernel[(B * H * blocks,)](
@@ -107,7 +107,7 @@ def backward(dy, saved, needs, shapes, softmax, dtype) -> dict[str, Tensor]:
     if dy.numel() == 0:
         return {n: grad.zero_() for n, grad in grads.items()}
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
-    value, points, weights, reference = _laid_out(value, points, weights, reference)
+    value, points, weights, reference = laid_out(value, points, weights, reference)
     if needs["points"] or needs["weights"] or needs["reference"]:
         _backward_points(grads, dy, value, points, weights, reference, stats, shapes, softmax)
     if needs["value"]:
@@ -137,9 +137,7 @@ def _backward_points(grads, dy, value, points, weights, reference, stats, shapes
         **_blocks(tiles, K, L * P), num_warps=tiles.warps,
     )  # fmt: skip
     if parts is not None:
-        once = reference.shape[0] == 1 and B > 1
-        summed = parts.sum((0, 2) if once else 2)
-        grads["reference"] = summed.view(reference.shape).to(reference.dtype)
+        grads["reference"] = summed(parts, reference)
 
 
 def _backward_value(dvalue, dy, points, weights, reference, stats, shapes, softmax) -> None:
@@ -168,13 +166,19 @@ def _backward_value(dvalue, dy, points, weights, reference, stats, shapes, softm
 # -- arguments of the kernels --------------------------------------------------------------------------------------
 
 
-def _laid_out(value, points, weights, reference) -> tuple:
+def laid_out(value, points, weights, reference) -> tuple:
     """The tensors with what belongs to one query side by side, channels, points and coordinates; mostly as they are."""
     value = value if value.stride(3) == 1 or value.shape[3] == 1 else value.contiguous()
     points, weights = (t if t[0, 0].is_contiguous() else t.contiguous() for t in (points, weights))
     if reference is not None and reference.stride(3) != 1:
         reference = reference.contiguous()
     return value, points, weights, reference
+
+
+def summed(parts: Tensor, reference: Tensor) -> Tensor:
+    """The reference's gradient from each head's share (B, M, H, L or 1, 2)."""
+    once = reference.shape[0] == 1 and parts.shape[0] > 1
+    return parts.sum((0, 2) if once else 2).view(reference.shape).to(reference.dtype)
 
 
 def _sizes(shapes: list[int]) -> list[int]:
