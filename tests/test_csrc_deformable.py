@@ -171,7 +171,7 @@ def test_chunk_counts():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_no_kernel_spills(objects, arch):
+def test_no_kernel_spills(objects, arch):  # noqa: F811
     usage = [u for u in ptxas_usage(objects) if u.arch == arch and "deformable_attention" in u.kernel]
     # three kernels in three dtypes with 1, 2 and 4 channels a lane
     assert len(usage) == 27

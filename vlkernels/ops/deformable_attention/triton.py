@@ -32,7 +32,7 @@ SKIP_FROM = 1024
 
 def refuses(value, points, weights, reference, shapes, softmax, dtype) -> str | None:
     if (reason := _refuse.common(value, dtype, points=points, weights=weights, reference=reference)) is not None:
-        return reason
+        return "value" + reason[1:] if reason.startswith("x is") else reason
     if value.shape[3] > MAX_CHANNELS:
         return f"heads of {value.shape[3]} channels; kernels take up to {MAX_CHANNELS}"
     L, P = weights.shape[3:]
