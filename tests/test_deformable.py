@@ -1,4 +1,4 @@
-"""Deformable attention in use: the D-Abstractor by hand in float64, transformers' module, edges of maps, saved bytes."""
+"""Deformable attention in use: the D-Abstractor by hand in float64, transformers' module, edges, saved bytes."""
 
 import copy
 import math
@@ -358,8 +358,8 @@ def test_views_are_read_as_they_lie(device):
 def test_saved_bytes_of_the_op(side, most, device):
     """Beside grid_sample's: 144 queries on 256 and on 576 tokens, here a quarter of each.
 
-    Beyond its inputs the op keeps the softmax's statistics. With values, offsets and logits counted too it keeps a third
-    at 256 tokens; at 576 a half and a little, for there grid_sample's copies are the values and as many samples.
+    Beyond its inputs the op keeps the softmax's statistics alone. With values, offsets and logits counted too it keeps a
+    third at 256 tokens; at 576 a half and a little, for there grid_sample keeps the values and as many samples.
     """
     case = cases._case("honeybee", 2, 36, 2, 128, 4, ((side, side),), reference=(1, 1))
     kw = cases.inputs(case, Make(PRECISIONS["fp32"], 0, device))
