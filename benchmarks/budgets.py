@@ -131,7 +131,7 @@ BUDGETS: dict[str, Budget] = {
         saved_per_token=_deformable_bytes,
         saved_per_call=0,
         flops_ratio=lambda case: LEVEL_0,  # plain PyTorch samples and multiplies no matrices
-        small={"T": 128, "M": 64, "H": 2, "K": 16},
+        small={"T": 128, "M": 64, "H": 1, "K": 16},
     ),
     "dora_linear": Budget(
         saved_per_token=_dora_bytes,

@@ -62,7 +62,11 @@ LARGE = (
     cases._case("two slabs", 1, 17, 1, 136, 2, ((3, 4),)),
     cases._case("narrow slabs", 1, 20, 1, 70, 2, ((24, 25),), reference=(1, 1)),
 )
-SMALL = [c for c in cases.CASES if "bench" not in c.tags]
+SMALL = [
+    cases._case("small", 2, 33, 2, 12, 2, ((5, 7), (3, 4)), reference=(1, 1), tags=("sharp",)),
+    cases._case("small locations", 2, 24, 2, 6, 2, ((4, 4), (2, 3)), reference=None, softmax=False),
+    *(c for c in cases.CASES if "bench" not in c.tags),
+]
 
 
 @pytest.mark.parametrize("precision", PRECISION_NAMES)

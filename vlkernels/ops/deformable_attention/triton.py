@@ -68,7 +68,7 @@ def config(channels: int, points: int, single: bool, device_arch: int) -> Config
     """
     block_k = max(16, triton.next_power_of_2(channels))
     # four corners of 2048 elements are under way at a time: 64 registers a thread of 128; 32 queries of 16 points spill
-    q = max(4, min(16, 2048 // block_k))
+    q = max(4, min(32 if points <= 4 else 16, 2048 // block_k))
     # A and its two distances are 8 elements each a thread of 256; 64 x 64 tiles spill
     value_s = 64 if block_k <= 128 and not single else 32
     return Config(q, 4, 32, value_s, 8)
