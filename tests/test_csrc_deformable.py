@@ -102,7 +102,10 @@ def test_nan_and_outside(emulated):
 
 
 BREAKS = {
-    "a row's owner": ("return (rows_before + static_cast<int>(y)) % kWarps;", "return static_cast<int>(y) % 2;"),
+    "a row's one owner": (
+        "if (c.row[j] < 0 || owner_of(rows, top + static_cast<float>(j / 2)) != warp) continue;",
+        "if (c.row[j] < 0) continue;",
+    ),
     "the second row": ("(top >= -1.0f && top + 1.0f < h && owner_of(rows, top + 1.0f) == warp)", "false"),
     "the softmax's sum": ("da = point.a * (da - warp_sum(lane < count ? point.a * da : 0.0f));", "da = point.a * da;"),
     "the slabs before": ("if (first > 0) own =", "if (false) own ="),

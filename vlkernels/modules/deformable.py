@@ -90,16 +90,20 @@ class MultiScaleDeformableAttention(nn.Module):
         if value is None:
             check_tokens("x", x, self.d_model)
             value = self.values(x, mask)
-        B = value.shape[0]
+        (B, M), L = (value.shape[0], query.shape[1]), self.n_levels
+        if query.shape[0] not in (1, B):
+            raise ValueError(f"query has a batch of {query.shape[0]}; accepted: 1, or {B} as the maps")
+        rows, size = tuple(reference.shape[:-1]), reference.shape[-1] if reference.dim() else 0
+        if len(rows) != 3 or rows[0] not in (1, B) or rows[1] != M or rows[2] not in (1, L) or size not in (2, 4):
+            raise ValueError(
+                f"reference has shape {tuple(reference.shape)}; accepted: (B or 1, M, L or 1, 2), or 4 for boxes, with "
+                f"B = {B}, M = {M}, L = {L}"
+            )
         offsets, logits = projected(Stream(query), (self.sampling_offsets, self.attention_weights))
-        H, L, P = self.n_heads, self.n_levels, self.n_points
+        H, P = self.n_heads, self.n_points
         # queries that are the same for every image are projected once
         points = offsets.unflatten(-1, (H, L, P, 2)).expand(B, -1, -1, -1, -1, -1)
         weights = logits.unflatten(-1, (H, L, P)).expand(B, -1, -1, -1, -1)
-        if reference.dim() != 4 or reference.shape[-1] not in (2, 4):
-            raise ValueError(
-                f"reference has shape {tuple(reference.shape)}; accepted: (B or 1, M, L or 1, 2), or 4 for boxes"
-            )
         if reference.shape[-1] == 4:
             boxes = reference[:, :, None, :, None]
             # at least float32, where a location's digits are sampling places

@@ -100,9 +100,11 @@ def deformable_attention_fwd_kernel(
         tl.store(stats_ptr + 2 * row_y, top, mask_q)
         tl.store(stats_ptr + 2 * row_y + 1, total, mask_q)
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    first = b * 0  # the level's first position, 64 bits
     for level in tl.static_range(L):
         h = deformable_size(level, h0, h1, h2, h3, h4, h5, h6, h7)
         w = deformable_size(level, w0, w1, w2, w3, w4, w5, w6, w7)
+        level_ptr = value_ptr + first * stride_vs
         for p in range(P):
             point = level * P + p
             offs_r = row_r + level * stride_rl
@@ -118,10 +120,10 @@ def deformable_attention_fwd_kernel(
                     down_share if corner // 2 else 1.0 - down_share
                 )
                 v = deformable_corner(
-                    value_ptr, left + corner % 2, up + corner // 2, h, w, stride_vs, mask_q, K, BLOCK_K
+                    level_ptr, left + corner % 2, up + corner // 2, h, w, stride_vs, mask_q, K, BLOCK_K
                 )
                 acc += (a * near)[:, None] * v
-        value_ptr += h * w * stride_vs
+        first += h * w
     offs_k = tl.arange(0, BLOCK_K)
     tl.store(
         y_ptr + row_y[:, None] * K + offs_k[None, :], _tl.cast(acc, y_ptr.dtype.element_ty),
@@ -166,9 +168,11 @@ def deformable_attention_bwd_points_kernel(
     da = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
     sum_x = tl.zeros((BLOCK_Q,), tl.float32)
     sum_y = sum_x
+    first = b * 0
     for level in tl.static_range(L):
         h = deformable_size(level, h0, h1, h2, h3, h4, h5, h6, h7)
         w = deformable_size(level, w0, w1, w2, w3, w4, w5, w6, w7)
+        level_ptr = value_ptr + first * stride_vs
         for p in range(P):
             point = level * P + p
             offs_r = row_r + level * stride_rl
@@ -179,10 +183,10 @@ def deformable_attention_bwd_points_kernel(
             up = tl.floor(y)
             right_share = x - left
             down_share = y - up
-            d00 = tl.sum(dy * deformable_corner(value_ptr, left, up, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
-            d01 = tl.sum(dy * deformable_corner(value_ptr, left + 1, up, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
-            d10 = tl.sum(dy * deformable_corner(value_ptr, left, up + 1, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
-            d11 = tl.sum(dy * deformable_corner(value_ptr, left + 1, up + 1, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
+            d00 = tl.sum(dy * deformable_corner(level_ptr, left, up, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
+            d01 = tl.sum(dy * deformable_corner(level_ptr, left + 1, up, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
+            d10 = tl.sum(dy * deformable_corner(level_ptr, left, up + 1, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
+            d11 = tl.sum(dy * deformable_corner(level_ptr, left + 1, up + 1, h, w, stride_vs, mask_q, K, BLOCK_K), 1)
             along_up = (1.0 - right_share) * d00 + right_share * d01
             along_down = (1.0 - right_share) * d10 + right_share * d11
             sample = (1.0 - down_share) * along_up + down_share * along_down
@@ -198,7 +202,7 @@ def deformable_attention_bwd_points_kernel(
             offs = (row * L * P + point) * 2
             tl.store(dpoints_ptr + offs, _tl.cast(dx, dpoints_ptr.dtype.element_ty), mask_q)
             tl.store(dpoints_ptr + offs + 1, _tl.cast(dv, dpoints_ptr.dtype.element_ty), mask_q)
-        value_ptr += h * w * stride_vs
+        first += h * w
         if HAS_DREFERENCE and (OWN_LEVELS or level == L - 1):
             # (B, M, H, L or 1, 2)
             offs = (row * L + level) * 2 if OWN_LEVELS else row * 2
