@@ -158,6 +158,9 @@ def _pooled_flops(case: Case) -> float:
 
 def _unpooled(case: Case) -> dict[str, int]:
     return {**case.dims, "P": case["H"], "Q": case["W"]}
+def _deformable_bytes(case: Case, precision: Precision) -> int:
+    """The maximum and denominator of each head's softmax."""
+    return 8 * case["H"] * bool(case.get("softmax"))
 
 
 BUDGETS: dict[str, Budget] = {
@@ -178,6 +181,11 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "C": 64},
+    "deformable_attention": Budget(
+        saved_per_token=_deformable_bytes,
+        saved_per_call=0,
+        flops_ratio=lambda case: LEVEL_0,  # plain PyTorch samples and multiplies no matrices
+        small={"T": 128, "M": 64, "H": 1, "K": 16},
     ),
     "dora_linear": Budget(
         saved_per_token=_dora_bytes,

@@ -22,6 +22,7 @@ _SCHEMA_TYPES = {
     str: "str",
     torch.dtype | None: "ScalarType?",
     list[Tensor]: "Tensor[]",
+    list[int]: "SymInt[]",
 }
 
 

@@ -206,4 +206,11 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   return emulate::exchange(value)[threadIdx.x % emulate::kWarp ^ lanes];
 }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const int* votes = emulate::exchange(static_cast<int>(vote));
+  unsigned bits = 0;
+  for (int i = 0; i < emulate::kWarp; ++i) bits |= static_cast<unsigned>(votes[i]) << i;
+  return bits;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 [[noreturn]] inline void __trap() { emulate::fail("__trap"); }

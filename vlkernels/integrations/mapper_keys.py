@@ -55,6 +55,13 @@ def _owl(queries: str, fc: str, below: str = "", positions: Rows = ()) -> Rows:
     return ((queries, "query_tokens"), *_below(inside, below))
 
 
+_DECODER_LINEARS = ("{part}", "self_attn.{part}", "encoder_attn.{part}")
+_D_ABSTRACTOR: Rows = (
+    *((n, n) for n in ("reference_points", "v_pos_emb", "eos_tokens", "query_position_embeddings.weight")),
+    *_renamed(**{n: n for n in ("input_proj.{i}", "output_proj")}),
+    *_below(_renamed(**{n: n for n in _DECODER_LINEARS}), "layers.{l}.", "layers.{l}."),
+)
+
 MAPPER_MAPS: dict[str, Rows] = {
     "resampler.qwen_vl": (*_below(_ATTN_POOL, "attn_pool."), *_POST),  # below transformer.visual.
     "resampler.omnilmm": (*_ATTN_POOL, *_POST),
@@ -87,4 +94,6 @@ MAPPER_MAPS: dict[str, Rows] = {
         *_renamed(visual_input_fc="visual_input_fc"),
         ("pos_emb", "pos_emb"),
     ),
+    "abstractor.honeybee_d": _D_ABSTRACTOR,  # below abstractor.; ours are upstream's
+    "op.ms_deform_attn": (),
 }

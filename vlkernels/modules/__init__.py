@@ -10,6 +10,7 @@ from .connector import (
     VideoLlamaConnector,
 )
 from .conv_abstractor import CAbstractor, LDPNetProjector, LDPNetV2Projector, mobilevlm_projector
+from .deformable import DAbstractor, DeformableDecoderLayer, MultiScaleDeformableAttention
 from .dora import DoRALinear
 from .expert import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids, cogvlm_vision_mask
 from .linear_projector import (
@@ -47,6 +48,8 @@ __all__ = [
     "CogVLMDecoderLayer",
     "CogVLMGLU",
     "ConcatProjector",
+    "DAbstractor",
+    "DeformableDecoderLayer",
     "DoRAEmbedding",
     "DoRALinear",
     "ESPERMLP",
@@ -78,6 +81,7 @@ __all__ = [
     "MPLUGOwlAbstractor",
     "MetaMapper",
     "MiniCPMVResampler",
+    "MultiScaleDeformableAttention",
     "OmniLMMResampler",
     "PackedLoRALinear",
     "PerceiverResampler",

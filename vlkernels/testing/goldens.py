@@ -31,12 +31,14 @@ from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
 from . import golden_builders, golden_experts, golden_mappers, golden_qformers, golden_resamplers
 from . import golden_builders, golden_convs, golden_mappers, golden_qformers, golden_resamplers
+from . import golden_builders, golden_deformable, golden_mappers, golden_qformers, golden_resamplers
 from .golden_builders import GoldenError, Named
 
 # one line for each family
 BUILDERS = {
     **golden_builders.BUILDERS,
     **golden_convs.BUILDERS,
+    **golden_deformable.BUILDERS,
     **golden_mappers.BUILDERS,
     **golden_resamplers.BUILDERS,
     **golden_qformers.BUILDERS,

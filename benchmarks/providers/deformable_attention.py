@@ -1,0 +1,44 @@
+"""deformable_attention beside plain PyTorch as models run it where no CUDA extension is built: torch's grid_sample on
+each level, whose samples are stacked and weighted."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import Provider, compiled, plain
+
+BASELINE = "eager"
+
+
+def equation(
+    value: Tensor, points: Tensor, weights: Tensor, shapes, softmax: bool, reference: Tensor | None = None
+) -> Tensor:
+    """The op's equation with grid_sample. value (B, S, H, K) -> (B, M, H, K)."""
+    (B, _, H, K), (M, L, P) = value.shape, (weights.shape[1], *weights.shape[3:])
+    sizes = [(shapes[2 * level], shapes[2 * level + 1]) for level in range(L)]
+    if softmax:
+        weights = weights.flatten(3).softmax(-1).view(weights.shape)
+    if reference is not None:
+        normaliser = torch.tensor([[w, h] for h, w in sizes], dtype=points.dtype, device=points.device)
+        points = reference[:, :, None, :, None] + points / normaliser[:, None]
+    grid = 2 * points - 1
+    # grid_sample wants its two arguments in one dtype, and has none for bfloat16 on every device
+    wide = torch.promote_types(value.dtype, torch.float32)
+    samples = []
+    for level, part in enumerate(value.split([h * w for h, w in sizes], 1)):
+        maps = part.permute(0, 2, 3, 1).reshape(B * H, K, *sizes[level])
+        at = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        sample = F.grid_sample(maps.to(wide), at.to(wide), padding_mode="zeros", align_corners=False)
+        samples.append(sample.to(value.dtype))
+    shares = weights.transpose(1, 2).reshape(B * H, 1, M, L * P)
+    y = (torch.stack(samples, -2).flatten(-2) * shares).sum(-1)
+    return y.view(B, H, K, M).permute(0, 3, 1, 2).contiguous()
+
+
+PROVIDERS = (
+    Provider("eager", plain(equation)),
+    Provider("compile", plain(compiled(equation))),
+)
+PEERS: tuple[Provider, ...] = ()
