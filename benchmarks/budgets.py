@@ -129,6 +129,8 @@ def _one_tile(case: Case) -> float:
     At full size only the tiles do in which one modality ends and the next begins: runs * 128 / T of them.
     """
     return LEVEL_0 * len({expert for expert, _ in case.get("runs") if expert >= 0})
+
+
 def _convolution_bytes(case: Case, precision: Precision) -> int:
     """The convolution's result at level 0, and 8 bytes of statistics; both a token that comes out."""
     norm, act = case.get("norm", "layer") != "none", case.get("act", "none") != "none"
@@ -158,6 +160,8 @@ def _pooled_flops(case: Case) -> float:
 
 def _unpooled(case: Case) -> dict[str, int]:
     return {**case.dims, "P": case["H"], "Q": case["W"]}
+
+
 def _deformable_bytes(case: Case, precision: Precision) -> int:
     """The maximum and denominator of each head's softmax."""
     return 8 * case["H"] * bool(case.get("softmax"))
@@ -181,6 +185,7 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "C": 64},
+    ),
     "deformable_attention": Budget(
         saved_per_token=_deformable_bytes,
         saved_per_call=0,

@@ -6,8 +6,8 @@ from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
 from .ops.conv_se_linear import conv_se_linear
 from .ops.cross_attention import cross_attention
-from .ops.depthwise_conv_norm_act import depthwise_conv_norm_act
 from .ops.deformable_attention import deformable_attention
+from .ops.depthwise_conv_norm_act import depthwise_conv_norm_act
 from .ops.dora_linear import dora_linear
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear

@@ -29,9 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
-from . import golden_builders, golden_experts, golden_mappers, golden_qformers, golden_resamplers
-from . import golden_builders, golden_convs, golden_mappers, golden_qformers, golden_resamplers
-from . import golden_builders, golden_deformable, golden_mappers, golden_qformers, golden_resamplers
+from . import (
+    golden_builders,
+    golden_convs,
+    golden_deformable,
+    golden_experts,
+    golden_mappers,
+    golden_qformers,
+    golden_resamplers,
+)
 from .golden_builders import GoldenError, Named
 
 # one line for each family
