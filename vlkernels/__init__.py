@@ -6,10 +6,12 @@ from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
 from .ops.cross_attention import cross_attention
 from .ops.dora_linear import dora_linear
+from .ops.gated_residual import gated_residual
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
 from .ops.lora_mlp import lora_mlp
 from .ops.lora_qkv import lora_qkv
+from .ops.media_cross_attention import media_cross_attention
 from .ops.mlp_projector import mlp_projector
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
@@ -23,10 +25,12 @@ __all__ = [
     "cross_attention",
     "dora_linear",
     "explain",
+    "gated_residual",
     "linear_projector",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "media_cross_attention",
     "mlp_projector",
     "multi_layer_kv",
     "norm_residual",
