@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .gated_keys import GATED_MAPS
 from .mapper_keys import MAPPER_MAPS
 from .qformer_keys import QFORMER_MAPS
 
@@ -125,6 +126,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     **QFORMER_MAPS,
     **MAPPER_MAPS,
+    **GATED_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,
     "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),

@@ -10,6 +10,13 @@ from .connector import (
     VideoLlamaConnector,
 )
 from .dora import DoRALinear
+from .gated import (
+    GatedCrossAttentionBlock,
+    IdeficsGatedCrossAttentionLayer,
+    MaskedCrossAttention,
+    MllamaCrossAttentionDecoderLayer,
+)
+from .gated_media import MediaContext, MediaMask, mllama_mask
 from .linear_projector import (
     EpalmConnector,
     FromageEmbeddings,
@@ -37,6 +44,13 @@ from .resampler_hf import (
 from .visual_query import VisualQuery
 
 __all__ = [
+    "mllama_mask",
+    "MediaMask",
+    "MediaContext",
+    "MllamaCrossAttentionDecoderLayer",
+    "MaskedCrossAttention",
+    "IdeficsGatedCrossAttentionLayer",
+    "GatedCrossAttentionBlock",
     "AdapterMLP",
     "Blip2Stage1",
     "ClipCapMLP",
