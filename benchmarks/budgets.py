@@ -11,6 +11,7 @@ import torch
 from vlkernels.ops.conv_se_linear import cases as conv_se_linear_cases
 from vlkernels.ops.cross_attention import cases as cross_attention_cases
 from vlkernels.ops.dora_linear import cases as dora_linear_cases
+from vlkernels.ops.media_cross_attention import cases as media_cross_attention_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
 from vlkernels.ops.pooled_mlp import cases as pooled_mlp_cases
 from vlkernels.testing.case import Case, Precision
@@ -113,6 +114,18 @@ def _mlp_bytes(case: Case, precision: Precision) -> int:
     return _group_bytes(case, precision) + 2 * case["F"] * _itemsize(precision.compute)
 
 
+def _media_flops(case: Case) -> float:
+    """As _attention_flops; keys and values, and dq, are kernels of their own. Skipped tiles are not counted in."""
+    products = media_cross_attention_cases.flops(case)
+    eager = 3 * products["forward"]
+    return LEVEL_0 * media_cross_attention_cases.padding(case) * sum(products.values()) / eager
+
+
+def _gated_bytes(case: Case, precision: Precision) -> int:
+    """Beside the branch, or what its product is made from: with a norm its input and 8 bytes of statistics."""
+    return (_itemsize(precision.compute) * case["C"] + 8) * (case.get("norm", "none") != "none")
+
+
 def _norm_bytes(case: Case, precision: Precision) -> int:
     """8 bytes of statistics a row where there is a norm."""
     return 8 * (case.get("norm", "none") != "none")
@@ -198,6 +211,12 @@ BUDGETS: dict[str, Budget] = {
         flops_ratio=_dora_flops,
         small={"T": 128, "K": 128, "N": 256, "R": 16},
     ),
+    "gated_residual": Budget(
+        saved_per_token=_gated_bytes,
+        saved_per_call=8,  # dropout's seed
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "C": 64},
+    ),
     "linear_projector": Budget(
         saved_per_token=_linear_projector_bytes,
         saved_per_call=0,
@@ -221,6 +240,12 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=24,  # three seeds
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "K": 64, "N": 64},
+    ),
+    "media_cross_attention": Budget(
+        saved_per_token=_attention_bytes,
+        saved_per_call=8,  # dropout's seed
+        flops_ratio=_media_flops,
+        small={"T": 128, "M": 64, "J": 2, "n": 32, "H": 2, "G": 2, "K": 32},
     ),
     "mlp_projector": Budget(
         saved_per_token=_projector_bytes,

@@ -50,6 +50,8 @@ OPS = {
     "ms_deform_attn": ("deformable_attention",),
     **dict.fromkeys(("honeybee_resampler", "mplug_owl"),
                     ("cross_attention", "linear_projector", "multi_layer_kv", "norm_residual")),
+    **dict.fromkeys(("idefics_", "mllama", "openflamingo_all", "openflamingo_immediate"),
+                    ("gated_residual", "linear_projector", "media_cross_attention", "mlp_projector", "multi_layer_kv")),
     **dict.fromkeys(("hf_idefics", "llava_next_perceiver", "lucidrains", "openflamingo"),
                     ("cross_attention", "linear_projector", "mlp_projector", "multi_layer_kv")),
     "": ("mlp_projector",),

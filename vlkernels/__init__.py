@@ -9,10 +9,12 @@ from .ops.cross_attention import cross_attention
 from .ops.deformable_attention import deformable_attention
 from .ops.depthwise_conv_norm_act import depthwise_conv_norm_act
 from .ops.dora_linear import dora_linear
+from .ops.gated_residual import gated_residual
 from .ops.linear_projector import linear_projector
 from .ops.lora_linear import lora_linear
 from .ops.lora_mlp import lora_mlp
 from .ops.lora_qkv import lora_qkv
+from .ops.media_cross_attention import media_cross_attention
 from .ops.mlp_projector import mlp_projector
 from .ops.modality_linear import modality_linear
 from .ops.multi_layer_kv import multi_layer_kv
@@ -31,10 +33,12 @@ __all__ = [
     "deformable_attention",
     "dora_linear",
     "explain",
+    "gated_residual",
     "linear_projector",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "media_cross_attention",
     "mlp_projector",
     "modality_linear",
     "multi_layer_kv",

@@ -43,9 +43,10 @@ class Op:
     through `torch.ops.vlkernels.<name>`, whose backward is `torch.ops.vlkernels.<name>_backward` on the same backend.
 
     saves: names of the arguments and residuals that backward needs, residuals last; "y" before them is the output of
-        an op that has one. Every argument that can get a gradient must be among them (its shape is needed); a
-        parameter costs nothing there.
+        an op that has one (empty where the reference's `keeps_y(*values)` says that this call needs none). Every
+        argument that can get a gradient must be among them (its shape is needed); a parameter costs nothing there.
     like: arguments that are not kept: their gradient has shape and dtype of the gradient of output number like[name].
+        Where the reference's `direct(**others)` names them, it is that very gradient, without a copy.
     parts: argument -> the argument that lists the tensors whose concatenation it is. Where that list is not empty, they
         are kept for backward and joined again there; they get no gradient by themselves.
     """
@@ -161,7 +162,9 @@ class Op:
     def _save(self, ctx, inputs, output) -> None:
         *values, ctx.backend = inputs
         output = _tuple(output)
-        by_name = {"y": output[0], **dict(zip(self.names, values, strict=True))}
+        keeps_y = getattr(self.reference, "keeps_y", None)
+        y = output[0] if keeps_y is None or keeps_y(*values) else output[0].new_empty(0)
+        by_name = {"y": y, **dict(zip(self.names, values, strict=True))}
         ctx.others = tuple(by_name[name] for name in self.others)
         by_name.update(zip(self.residuals, output[self.outputs :], strict=True))
         ctx.mark_non_differentiable(*output[self.outputs :])
@@ -177,7 +180,13 @@ class Op:
         # a list of tensors wants a list of its own
         none = {n: [None] * len(need) if isinstance(need, (list, tuple)) else None for n, need in listed.items()}
         needs = [none[n] is None and bool(listed[n]) for n in self.names]
-        if all(g is None for g in grads) or not any(needs):
+        if all(g is None for g in grads):
+            return (*none.values(), None)
+        if hasattr(self.reference, "direct"):
+            direct = self.reference.direct(**dict(zip(self.others, ctx.others, strict=True)))
+            none |= {n: grads[self.like[n]] for n in direct if listed[n]}
+            needs = [need and n not in direct for n, need in zip(self.names, needs, strict=True)]
+        if not any(needs):
             return (*none.values(), None)
         kept = iter(ctx.saved_tensors)
         saved = [next(kept) if not n else torch.cat([next(kept).detach() for _ in range(n)]) for n in ctx.pieces]
@@ -197,7 +206,8 @@ class Op:
     def _backward_fake(self, *values):
         *values, needs, _ = values
         shapes = dict(zip(self.saves, values[self.outputs :], strict=False))
-        shapes |= {name: values[output] for name, output in self.like.items()}
+        given = [g for g in values[: self.outputs] if g is not None]
+        shapes |= {n: given[0] if values[output] is None else values[output] for n, output in self.like.items()}
         return [
             torch.empty_like(shapes[name], memory_format=torch.contiguous_format)
             for name, need in zip(self.names, needs, strict=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .gated_keys import GATED_MAPS
 from .mapper_keys import MAPPER_MAPS
 from .qformer_keys import QFORMER_MAPS
 
@@ -138,6 +139,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "abstractor.honeybee_c": _HONEYBEE_C,  # below abstractor.
     "projector.mobilevlm_ldp": _LDP,  # below model.mm_projector.
     "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
+    **GATED_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,
     "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),

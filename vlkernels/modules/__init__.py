@@ -13,6 +13,13 @@ from .conv_abstractor import CAbstractor, LDPNetProjector, LDPNetV2Projector, mo
 from .deformable import DAbstractor, DeformableDecoderLayer, MultiScaleDeformableAttention
 from .dora import DoRALinear
 from .expert import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids, cogvlm_vision_mask
+from .gated import (
+    GatedCrossAttentionBlock,
+    IdeficsGatedCrossAttentionLayer,
+    MaskedCrossAttention,
+    MllamaCrossAttentionDecoderLayer,
+)
+from .gated_media import MediaContext, MediaMask, mllama_mask
 from .linear_projector import (
     EpalmConnector,
     FromageEmbeddings,
@@ -40,6 +47,13 @@ from .resampler_hf import (
 from .visual_query import VisualQuery
 
 __all__ = [
+    "mllama_mask",
+    "MediaMask",
+    "MediaContext",
+    "MllamaCrossAttentionDecoderLayer",
+    "MaskedCrossAttention",
+    "IdeficsGatedCrossAttentionLayer",
+    "GatedCrossAttentionBlock",
     "AdapterMLP",
     "Blip2Stage1",
     "CAbstractor",

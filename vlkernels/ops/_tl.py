@@ -132,3 +132,13 @@ def act_derivative(x, ACT: tl.constexpr):
         tl.static_assert(ACT == "relu", "unknown activation")
         y = tl.where(x > 0.0, 1.0, 0.0)
     return y
+
+
+@triton.jit
+def tanh(x):
+    """tanh of float32 x; near 0, where gates start, by Cephes' polynomial, which has no cancellation."""
+    z = x * x
+    near = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+    near = (near - 3.33332819422e-1) * z * x + x
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))

@@ -34,6 +34,7 @@ from . import (
     golden_convs,
     golden_deformable,
     golden_experts,
+    golden_gated,
     golden_mappers,
     golden_qformers,
     golden_resamplers,
@@ -49,6 +50,7 @@ BUILDERS = {
     **golden_resamplers.BUILDERS,
     **golden_qformers.BUILDERS,
     **golden_experts.BUILDERS,
+    **golden_gated.BUILDERS,
 }
 
 # -- files ---------------------------------------------------------------------------------------------------------

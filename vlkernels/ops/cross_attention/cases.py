@@ -7,9 +7,10 @@ import math
 import torch
 
 from ...testing.case import Case, Make
+from .._attention import NORM_ROWS
 from .._device import arch
 from .reference import MASKED
-from .triton import NORM_ROWS, Dims, config
+from .triton import Dims, config
 
 
 def _case(name, B, M, N, H, K, G=0, N2=0, tags=(), recipe="", **options) -> Case:

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from .. import _refuse, _tl
+from .._attention import batch_stride, heads_normed, through_norms
 from .._device import arch, multiprocessors
 from .._dropout import keep_factor, threshold
 from .kernels import (
@@ -18,13 +19,10 @@ from .kernels import (
     cross_attention_bwd_kernel,
     cross_attention_combine_kernel,
     cross_attention_fwd_kernel,
-    cross_attention_norm_bwd_kernel,
-    cross_attention_norm_fwd_kernel,
 )
 from .reference import sizes
 
 MAX_HEAD_DIM = 128  # a row of keys is held in one tile
-NORM_ROWS = 16  # heads that one program normalises at a time; not timed on a GPU yet
 
 
 def refuses(
@@ -158,9 +156,9 @@ def forward(
     compute = dtype or q.dtype
     if x is not None:
         k, v = _projected(x, kv_weight, kv_bias, compute, K)
-    q = _heads_normed(q, q_norm_weight, q_norm_bias, norm, eps, compute)[0]
-    k = _heads_normed(k, k_norm_weight, k_norm_bias, norm, eps, compute)[0]
-    k2 = _heads_normed(k2, k_norm_weight, k_norm_bias, norm, eps, compute)[0]
+    q = heads_normed(q, q_norm_weight, q_norm_bias, norm, eps, compute)[0]
+    k = heads_normed(k, k_norm_weight, k_norm_bias, norm, eps, compute)[0]
+    k2 = heads_normed(k2, k_norm_weight, k_norm_bias, norm, eps, compute)[0]
     y = torch.empty((B, M, H, K), dtype=compute, device=q.device)
     stats = torch.empty((B, H, M, 2), dtype=torch.float32, device=q.device)
     call = _Call.of(B, q, k, v, k2, v2, mask, mask2, bias, index, seed, scale, masked, p, causal, compute)
@@ -213,7 +211,7 @@ def backward(dy, saved, needs, norm, eps, scale, masked, p, causal, dtype) -> di
         k, v = _projected(x, kv_weight, kv_bias, compute, K)
     raw = {"q": q, "k": k, "k2": k2}
     (q, q_stats), (k, k_stats), (k2, k2_stats) = (
-        _heads_normed(t, *norms[name[0]], norm, eps, compute) for name, t in raw.items()
+        heads_normed(t, *norms[name[0]], norm, eps, compute) for name, t in raw.items()
     )
     call = _Call.of(B, q, k, v, k2, v2, mask, mask2, bias, index, seed, scale, masked, p, causal, compute)
     first = None if k is None else _SourceGrad(k, B, index is not None, compute, packed=x is not None)
@@ -222,7 +220,7 @@ def backward(dy, saved, needs, norm, eps, scale, masked, p, causal, dtype) -> di
     for name, source in (("", first), ("2", second)):
         if source is not None:
             grads["k" + name], grads["v" + name] = source.summed()
-    grads |= _through_norms(grads, raw, norms, {"q": q_stats, "k": k_stats, "k2": k2_stats}, norm)
+    grads |= through_norms(grads, raw, norms, {"q": q_stats, "k": k_stats, "k2": k2_stats}, norm)
     if x is not None:
         # (rows, 2 G K): keys and values of a row lie together
         grads |= _through_projection(first.both.flatten(0, 1).flatten(1), x, kv_weight, kv_bias, compute, needs)
@@ -318,51 +316,6 @@ def _through_projection(dkv, x, weight, bias, dtype, needs) -> dict[str, Tensor]
     return grads
 
 
-def _heads_normed(t, weight, bias, norm: str, eps: float, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """norm over K of each head of t (B, N, G, K), in `dtype`, and its statistics; t itself without a norm."""
-    if t is None or norm == "none":
-        return t, None
-    t = t if t.stride(3) == 1 else t.contiguous()
-    out = torch.empty(t.shape, dtype=dtype, device=t.device)
-    rows, K = t.numel() // t.shape[3], t.shape[3]
-    stats = torch.empty((rows, 2), dtype=torch.float32, device=t.device)
-    if rows:
-        cross_attention_norm_fwd_kernel[(triton.cdiv(rows, NORM_ROWS),)](
-            t, weight, bias, out, stats, rows, t.shape[1], t.shape[2], *t.stride()[:3], eps,
-            NORM=norm, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **_norm_tile(K),
-        )  # fmt: skip
-    return out, stats
-
-
-def _norm_tile(K: int) -> dict[str, int]:
-    return {"K": K, "BLOCK_K": triton.next_power_of_2(K), "BLOCK_T": NORM_ROWS, "num_warps": 4}
-
-
-def _through_norms(grads, raw, norms, stats, norm: str) -> dict[str, Tensor]:
-    """grads of q, k, k2 become those before their norms, in place; returned are those of the norms' weights, which
-    both sources share."""
-    found: dict[str, Tensor] = {}
-    for name, t in raw.items():
-        if t is None or norm == "none":
-            continue
-        d, weight = grads[name], norms[name[0]][0]
-        t = t if t.stride(3) == 1 else t.contiguous()
-        rows, K = t.numel() // t.shape[3], t.shape[3]
-        blocks = triton.cdiv(rows, NORM_ROWS)
-        programs = max(1, min(2 * multiprocessors(arch(t)), blocks))
-        tiles = triton.cdiv(blocks, programs)
-        programs = max(1, triton.cdiv(blocks, max(1, tiles)))
-        parts = torch.empty((programs, 2, K), dtype=torch.float32, device=t.device)
-        cross_attention_norm_bwd_kernel[(programs,)](
-            d, t, weight, stats[name], parts, rows, max(1, t.shape[1]), t.shape[2], *d.stride()[:3], *t.stride()[:3],
-            tiles, NORM=norm, HAS_WEIGHT=weight is not None, **_norm_tile(K),
-        )  # fmt: skip
-        for i, part in enumerate(("norm_weight", "norm_bias")):
-            key, grad = f"{name[0]}_{part}", parts[:, i].sum(0)
-            found[key] = grad if key not in found else found[key] + grad
-    return found
-
-
 # -- arguments of the kernels --------------------------------------------------------------------------------------
 
 
@@ -387,8 +340,8 @@ class _Call:
         tensors = [empty if t is None else t for t in (q, k, v, k2, v2)]
         tensors += [empty if t is None else t.view(torch.uint8) for t in (mask, mask2)]
         tensors += [empty if t is None else t for t in (bias, index, seed)]
-        strides = [_batch_stride(t, (0, 1, 2)) for t in (q, k, v, k2, v2)]
-        strides += [_batch_stride(t, (0, 1)) for t in (mask, mask2)] + [_batch_stride(bias, (0, 1, 2, 3))]
+        strides = [batch_stride(t, (0, 1, 2)) for t in (q, k, v, k2, v2)]
+        strides += [batch_stride(t, (0, 1)) for t in (mask, mask2)] + [batch_stride(bias, (0, 1, 2, 3))]
         if N + N2 >= 2**31 - 64 or M >= 2**31 - 64:
             raise ValueError(f"{N} + {N2} keys, {M} queries; accepted: fewer than 2^31 of each")
         numbers = (
@@ -401,11 +354,6 @@ class _Call:
             **_tl.product(compute), "K": K, "BLOCK_K": max(16, triton.next_power_of_2(K)),
         }  # fmt: skip
         return cls(Dims(B * M, M, N, N2, H, G, K, index is not None), compute, q.dtype, tuple(tensors), numbers, flags)
-
-
-def _batch_stride(t: Tensor | None, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of the axes, 0 where there is but one entry: it serves all."""
-    return tuple(0 if t is None or t.shape[a] == 1 else t.stride(a) for a in axes)
 
 
 def _per(keys: int, splits: int, block: int) -> int:

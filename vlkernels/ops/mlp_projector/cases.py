@@ -27,6 +27,11 @@ CASES = (
     _case("residual of no norm", 35, 24, 56, 24, bias=False, residual=True, tags=("all-precisions",)),
     _case("residual, own gate", 21, 24, 40, 24, act="silu", own_gate=True, norm="rms", bias=False, residual=True,
           level=1),
+    # Flamingo's: behind a gate, which some rows do not pass
+    _case("scaled residual", 33, 20, 40, 20, norm="layer", norm_bias=True, bias=False, residual=True, scale=True,
+          mask=True, tags=("sharp",)),
+    _case("scaled, own gate", 18, 24, 40, 24, act="silu", own_gate=True, norm="rms", bias=False, residual=True,
+          scale=True, level=1),
     # GLM-4V's and CogVLM's: an activation after the norm, and a gate with a weight of its own
     _case("own-gate", 21, 24, 72, 40, act="silu", own_gate=True, norm="layer", norm_act="gelu", norm_bias=True,
           bias=False, tags=("all-precisions",)),
@@ -46,6 +51,9 @@ CASES = (
             ("qwen2-vl B16", (4096, 1280, 5120, 3584), {"norm": "layer", "merge": 4, "norm_bias": True}, "Qwen2-VL"),
             ("flamingo ffn B64", (4096, 1024, 4096, 1024), {"norm": "layer", "norm_bias": True, "bias": False,
                                                             "residual": True}, "OpenFlamingo's resampler, 64 images"),
+            ("gated ffn of openflamingo-9b", (2048, 4096, 16384, 4096), {"norm": "layer", "norm_bias": True,
+                                                                         "bias": False, "residual": True,
+                                                                         "scale": True}, "OpenFlamingo-9B's FFN"),
             ("glm-4v B8", (4608, 1536, 4096, 1536), {"norm": "layer", "norm_bias": True, "norm_act": "gelu",
                                                      "act": "silu", "own_gate": True, "bias": False}, "GLM-4V"),
             ("aya B8", (1352, 1152, 14336, 8192), {"norm": "layer", "shuffle": 2, "gated": True, "act": "silu",
@@ -78,6 +86,8 @@ def inputs(case: Case, make: Make) -> dict:
         "norm_weight": make.normal(C * s * s, grad=trained) if norm != "none" else None,
         "norm_bias": make.normal(C * s * s, grad=trained) if case.get("norm_bias") else None,
         "wg": make.normal(F, K, std=K**-0.5, grad=trained, wide=False) if case.get("own_gate") else None,
+        "scale": make.normal(1).abs().add(0.5).requires_grad_() if case.get("scale") else None,
+        "row_mask": make.rows(rows, 4) > 0 if case.get("mask") else None,
         "act": case.get("act", "gelu"),
         "gated": gated,
         "norm": norm,
@@ -94,6 +104,8 @@ def fewer_rows(kw: dict, rows: int) -> dict:
     """The same arguments on the first rows of x, rounded to what shuffle and merge need."""
     x, s, m = kw["x"].detach(), kw["shuffle"], kw["merge"]
     cut = x[:, :, : rows * s * m] if s > 1 else x[: rows * m]
+    mask = kw.get("row_mask")
+    kw = kw | {"row_mask": None if mask is None else mask[:rows].clone()}
     return kw | {"x": cut.contiguous().requires_grad_(kw["x"].requires_grad)}
 
 
@@ -108,6 +120,8 @@ TERMS = {
     "norm_bias dropped": _scaled("norm_bias", 0.0),
     "norm_weight halved": _scaled("norm_weight", 0.5),
     "residual dropped": lambda kw: kw | {"residual": False} if kw["residual"] else None,
+    "scale dropped": lambda kw: kw | {"scale": None} if kw["scale"] is not None else None,
+    "row mask dropped": lambda kw: kw | {"row_mask": None} if kw["row_mask"] is not None else None,
     "another activation": lambda kw: kw | {"act": "relu" if kw["act"] != "relu" else "silu"},
     "no norm": lambda kw: (
         kw | {"norm": "none", "norm_weight": None, "norm_bias": None} if kw["norm"] != "none" else None
@@ -153,13 +167,18 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
     act = config(T, F, K, dtype, inner > F, arch(torch.empty(0)))
 
     forward = normed + first + e * (T * F + N * F + T * N + bias * N)
-    if act.product is None:
+    closed = T * bool(case.get("mask")) + e * bool(case.get("scale"))
+    if act.product is None or closed:
+        forward += closed
         forward += e * (T * inner + T * F)
     else:
         forward += e * T * F * (0 if case.get("level") else 1)  # h beside pre, or alone
     forward += residual * e * T * N * (3 if bias else 1)  # a pass of its own beside b2
 
-    backward = 0
+    backward = closed
+    if case.get("scale"):
+        dots = act.splits * -(-F // act.cols)
+        backward += 4 * 2 * dots + 4 + (4 + e) * (e != 4)
 
     def cast(size: int) -> int:
         return (4 + e) * size if e != 4 else 0

@@ -10,25 +10,27 @@ from . import triton as passes
 
 
 def refuses(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype,
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+    level, residual, dtype,
 ) -> str | None:  # fmt: skip
     if not x.is_cuda:
         return f"x is on {x.device.type}; compiled kernels run on CUDA devices"
     return _two_source.missing(x.device.index) or does_not_fit(
-        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-        dtype,
+        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+        level, residual, dtype,
     )  # fmt: skip
 
 
 def does_not_fit(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype,
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+    level, residual, dtype,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot take these arguments, on whatever device, or None."""
     if act != "gelu" or gated or wg is not None:
         gate = ", with a gate" if gated or wg is not None else ""
         return f"act is {act!r}{gate}; the compiled epilogue is plain gelu"
+    if scale is not None or row_mask is not None:
+        return "with a scale or a row mask; the compiled epilogue has none"
     compute = dtype or x.dtype
     if compute not in _two_source.DTYPES:
         return f"computing in {compute}; the compiled product takes bfloat16 and float16"
@@ -41,8 +43,8 @@ def does_not_fit(
     if given and (reason := _two_source.refuses(**given)) is not None:
         return reason
     return passes.refuses(
-        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-        dtype,
+        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+        level, residual, dtype,
     )  # fmt: skip
 
 

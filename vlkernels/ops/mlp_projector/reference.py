@@ -23,6 +23,8 @@ def forward(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     wg: Tensor | None = None,
+    scale: Tensor | None = None,
+    row_mask: Tensor | None = None,
     act: str = "gelu",
     gated: bool = False,
     norm: str = "none",
@@ -42,6 +44,8 @@ def forward(
         norm_weight, norm_bias: (C s²); RMSNorm has no bias.
         act: "gelu" (erf), "gelu_tanh", "silu", "relu", "quick_gelu".
         wg: (F, K), the gate's weight where it is one of its own (GLM-4V, CogVLM): h = act(x Wgᵀ) * (x W1ᵀ), no b1.
+        scale: one number, of any shape, and row_mask: (...,), of 0 and 1 or bool: y = [x +] scale row_mask (h W2ᵀ), no
+            b2 (Flamingo's gate after its tanh). Kernels scale h: nothing more is kept, and where scale is 0 y is x.
         gated: the gate is the second half of the first product (Aya Vision, Cohere2Vision).
         norm: "none", "layer" (biased variance) or "rms", over the channels after the shuffle and before the merge.
         norm_act: an activation right after the norm ("none" or one of act's; GLM-4V, CogVLM: "gelu").
@@ -73,12 +77,16 @@ def forward(
     else:
         h = ACTS[act](pre)
     y = F.linear(h, w2, b2)
+    if row_mask is not None:
+        y = y.masked_fill((row_mask == 0)[..., None], 0.0)
+    if scale is not None:
+        y = (scale.reshape(1) * y).to(y.dtype)
     return skip + y if residual else y
 
 
 def residuals(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype,
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+    level, residual, dtype,
 ):  # fmt: skip
     """What kernels save besides arguments: pre (T, F, with a gate 2F) at level 0, the norm's (mean, rstd)."""
     channels = x.shape[-1] * shuffle * shuffle
@@ -90,14 +98,15 @@ def residuals(
 
 
 def check(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype,
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+    level, residual, dtype,
 ) -> tuple:  # fmt: skip
     """The arguments as forward takes them, or an error that names the one that does not fit."""
     tensors = {"x": x, "w1": w1, "w2": w2, "b1": b1, "b2": b2, "norm_weight": norm_weight}
     tensors |= {"norm_bias": norm_bias, "wg": wg}
     _check.floating(**tensors)
-    _check.same_device(**tensors)
+    _check.floating(scale=scale)
+    _check.same_device(**tensors, scale=scale, row_mask=row_mask)
     if act not in ACTS:
         raise ValueError(f"act is {act!r}; accepted: {', '.join(ACTS)}")
     if norm_act not in ("none", *ACTS) or (norm_act != "none" and norm == "none"):
@@ -126,6 +135,11 @@ def check(
     _check.shape("w2", w2, (w2.shape[0], inner), "(N, F)")
     _check.shape("b1", b1, (w1.shape[0],), "(F,), or (2F,) when gated")
     _check.shape("b2", b2, (w2.shape[0],), "(N,)")
+    if (scale is not None or row_mask is not None) and (b2 is not None or shuffle > 1 or merge > 1):
+        raise ValueError(f"scale or row_mask with b2, shuffle={shuffle}, merge={merge}; accepted: without these")
+    if scale is not None and scale.numel() != 1:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; accepted: one number")
+    _check.shape("row_mask", row_mask, tuple(x.shape[:-1]), "the rows of x")
     if residual and (shuffle > 1 or merge > 1 or w2.shape[0] != x.shape[-1]):
         raise ValueError(
             f"residual=True adds x with {x.shape[-1]} channels to {w2.shape[0]}, shuffle is {shuffle}, merge {merge}; "
@@ -136,8 +150,8 @@ def check(
     elif dtype not in _check.FLOATS:
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
     return (
-        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, bool(gated), norm, norm_act, float(eps), shuffle, merge,
-        level, bool(residual), dtype,
+        x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, bool(gated), norm, norm_act, float(eps),
+        shuffle, merge, level, bool(residual), dtype,
     )  # fmt: skip
 
 

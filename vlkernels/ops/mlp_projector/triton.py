@@ -20,10 +20,10 @@ from .._device import arch, multiprocessors
 
 
 def refuses(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype,
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+    level, residual, dtype,
 ) -> str | None:  # fmt: skip
-    if (reason := _refuse.common(x, dtype, w1=w1, w2=w2)) is not None:
+    if (reason := _refuse.common(x, dtype, w1=w1, w2=w2, scale=scale)) is not None:
         return reason
     if w1.shape[0] == 0 or w2.shape[0] == 0 or w1.shape[1] == 0:
         return f"zero channels: w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}"
@@ -35,8 +35,8 @@ def declines(*values) -> str | None:
 
 
 def forward(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, act, gated, norm, norm_act, eps, shuffle, merge, level, residual,
-    dtype, first_and_act: Callable | None = None,
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,
+    level, residual, dtype, first_and_act: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (..., N), pre (T, F or 2F) at level 0, stats (rows, 2) with a norm.
 
@@ -46,13 +46,14 @@ def forward(
     xn, stats = _norm.normed(x, norm_weight, norm_bias, norm, eps, shuffle, out_dtype, norm_act)
     xn = xn.reshape(-1, w1.shape[1])
     tiles = config(xn.shape[0], w2.shape[1], w1.shape[1], out_dtype, gated or wg is not None, arch(x))
-    if first_and_act is not None:
+    closing = _Closing.of(scale, row_mask)
+    if first_and_act is not None and not closing.given:
         pre, h = first_and_act(xn, w1, b1, act, level == 0)
-    elif tiles.product is not None:
+    elif tiles.product is not None and not closing.given:
         pre, h = _first_and_act(xn, w1, b1, act, level == 0, tiles.product)
     else:
         pre = _first(xn, w1, b1, wg, out_dtype)
-        h = _act(pre, act, gated or wg is not None, tiles)
+        h = _act(pre, act, gated or wg is not None, tiles, closing)
         pre = pre if level == 0 else pre.new_empty(0)
     y = _last(h, w2, b2, x if residual else None)
     return y.view(*_out_shape(x, shuffle, merge), w2.shape[0]), pre, stats
@@ -62,8 +63,9 @@ def backward(
     dy, saved, needs, act, gated, norm, norm_act, eps, shuffle, merge, level, residual, dtype
 ) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
-    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, pre, stats = (saved[n] for n in (
-        "x", "w1", "w2", "b1", "b2", "norm_weight", "norm_bias", "wg", "pre", "stats"))  # fmt: skip
+    x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, pre, stats = (saved[n] for n in (
+        "x", "w1", "w2", "b1", "b2", "norm_weight", "norm_bias", "wg", "scale", "row_mask", "pre", "stats",
+    ))  # fmt: skip
     out_dtype = dtype or x.dtype
     grads: dict[str, Tensor] = {}
     dy2 = dy.reshape(-1, w2.shape[0]).to(out_dtype)
@@ -76,10 +78,15 @@ def backward(
     if needs["b2"]:
         grads["b2"] = dy2.sum(0, dtype=torch.float32).to(b2.dtype)
     need_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
-    need_pre = needs["w1"] or needs["wg"] or needs["b1"] or need_norm
+    need_pre = needs["w1"] or needs["wg"] or needs["b1"] or need_norm or needs["scale"]
     dh = dy2 @ w2.to(out_dtype) if need_pre else None
     tiles = config(dy2.shape[0], w2.shape[1], w1.shape[1], out_dtype, gated or wg is not None, arch(x))
-    dpre, h, db1 = _act_backward(pre, dh, act, gated or wg is not None, needs["w2"], needs["b1"], tiles)
+    closing = _Closing.of(scale, row_mask)
+    dpre, h, db1, dscale = _act_backward(
+        pre, dh, act, gated or wg is not None, needs["w2"], needs["b1"], needs["scale"], tiles, closing
+    )
+    if needs["scale"]:
+        grads["scale"] = dscale.to(scale.dtype).view(scale.shape)
     if needs["w2"]:
         grads["w2"] = (dy2.t() @ h).to(w2.dtype)
     if needs["b1"]:
@@ -209,31 +216,57 @@ def _out_shape(x: Tensor, shuffle: int, merge: int) -> tuple[int, ...]:
     return lead if merge == 1 else (*lead[:-1], lead[-1] // merge)
 
 
-def _act(pre: Tensor, act: str, gated: bool, tiles: Config) -> Tensor:
+@dataclass(frozen=True)
+class _Closing:
+    """What h is multiplied by before the second product: one number, and 0 or 1 for each row."""
+
+    tensors: tuple[Tensor | None, Tensor | None]
+    flags: dict[str, bool]
+
+    @classmethod
+    def of(cls, scale: Tensor | None, row_mask: Tensor | None) -> _Closing:
+        if row_mask is not None:
+            row_mask = row_mask.reshape(-1)
+            row_mask = row_mask.view(torch.uint8) if row_mask.dtype == torch.bool else row_mask
+        return cls((scale, row_mask), {"HAS_SCALE": scale is not None, "HAS_MASK": row_mask is not None})
+
+    @property
+    def given(self) -> bool:
+        return any(self.flags.values())
+
+
+def _act(pre: Tensor, act: str, gated: bool, tiles: Config, closing: _Closing) -> Tensor:
     rows, inner = pre.shape[0], pre.shape[1] // (2 if gated else 1)
     h = torch.empty((rows, inner), dtype=pre.dtype, device=pre.device)
     if rows:
         mlp_projector_act_kernel[(triton.cdiv(rows, tiles.rows), triton.cdiv(inner, tiles.cols))](
-            pre, h, rows, inner, ACT=act, GATED=gated, BLOCK_T=tiles.rows, BLOCK_F=tiles.cols, num_warps=4
-        )
+            pre, h, *closing.tensors, rows, inner, ACT=act, GATED=gated, **closing.flags, BLOCK_T=tiles.rows,
+            BLOCK_F=tiles.cols, num_warps=4,
+        )  # fmt: skip
     return h
 
 
-def _act_backward(pre, dh, act: str, gated: bool, h_too: bool, sums: bool, tiles: Config):
-    """dpre over dh's memory (or its own when gated), h again, and the column sums of dpre in float32."""
+def _act_backward(
+    pre, dh, act: str, gated: bool, h_too: bool, sums: bool, scale_too: bool, tiles: Config, closing: _Closing
+):
+    """dpre over dh's memory (or its own when gated), h again, and in float32 the column sums of dpre and the sum of
+    dh h before its scale."""
     rows, inner = pre.shape[0], pre.shape[1] // (2 if gated else 1)
     h = torch.empty((rows, inner), dtype=pre.dtype, device=pre.device) if h_too else None
     dpre = None if dh is None else torch.empty_like(pre) if gated else dh
-    parts = torch.empty((tiles.splits, pre.shape[1]), dtype=torch.float32, device=pre.device) if sums else None
+    made = {"dtype": torch.float32, "device": pre.device}
+    parts = torch.empty((tiles.splits, pre.shape[1]), **made) if sums else None
+    blocks = triton.cdiv(inner, tiles.cols)
+    dots = torch.empty((tiles.splits, blocks), **made) if scale_too else None
     if rows == 0:
-        return dpre, h, torch.zeros(pre.shape[1], device=pre.device) if sums else None
+        return dpre, h, torch.zeros(pre.shape[1], **made) if sums else None, torch.zeros((), **made)
     if dh is not None or h_too:
-        mlp_projector_act_bwd_kernel[(triton.cdiv(inner, tiles.cols), tiles.splits)](
-            pre, dh, dpre, h, parts, rows, inner, triton.cdiv(rows, tiles.splits),
-            ACT=act, GATED=gated, HAS_DH=dh is not None, HAS_H=h_too, HAS_SUMS=sums,
-            BLOCK_T=tiles.rows, BLOCK_F=tiles.cols, num_warps=4,
+        mlp_projector_act_bwd_kernel[(blocks, tiles.splits)](
+            pre, dh, dpre, h, parts, dots, *closing.tensors, rows, inner, triton.cdiv(rows, tiles.splits),
+            ACT=act, GATED=gated, HAS_DH=dh is not None, HAS_H=h_too, HAS_SUMS=sums, HAS_DOTS=scale_too,
+            **closing.flags, BLOCK_T=tiles.rows, BLOCK_F=tiles.cols, num_warps=4,
         )  # fmt: skip
-    return dpre, h, None if parts is None else parts.sum(0)
+    return dpre, h, None if parts is None else parts.sum(0), None if dots is None else dots.sum()
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
@@ -307,10 +340,23 @@ def mlp_projector_gemm_act_kernel(
 
 
 @triton.jit
+def mlp_projector_closing(scale_ptr, mask_ptr, offs_t, mask_t, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr):
+    """(scale, which rows are open), in float32 and bool"""
+    scale = 1.0
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    open_t = mask_t
+    if HAS_MASK:
+        open_t = tl.load(mask_ptr + offs_t, mask_t, 0) != 0
+    return scale, open_t
+
+
+@triton.jit
 def mlp_projector_act_kernel(
-    pre_ptr, h_ptr, T, F, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
-):
-    """h = act(pre), or act(second half) * first half"""
+    pre_ptr, h_ptr, scale_ptr, mask_ptr, T, F, ACT: tl.constexpr, GATED: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """h = act(pre), or act(second half) * first half, times scale and the row's 0 or 1"""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (offs_t < T)[:, None] & (offs_f < F)[None, :]
@@ -319,16 +365,20 @@ def mlp_projector_act_kernel(
         h = _tl.act(tl.load(pre_ptrs + F, mask, 0.0).to(tl.float32), ACT) * tl.load(pre_ptrs, mask, 0.0).to(tl.float32)
     else:
         h = _tl.act(tl.load(pre_ptr + offs_t[:, None] * F + offs_f[None, :], mask, 0.0).to(tl.float32), ACT)
+    if HAS_SCALE or HAS_MASK:
+        scale, open_t = mlp_projector_closing(scale_ptr, mask_ptr, offs_t, offs_t < T, HAS_SCALE, HAS_MASK)
+        h = tl.where(open_t[:, None], h * scale, 0.0)
     tl.store(h_ptr + offs_t[:, None] * F + offs_f[None, :], _tl.cast(h, h_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def mlp_projector_act_bwd_kernel(
-    pre_ptr, dh_ptr, dpre_ptr, h_ptr, parts_ptr, T, F, rows_per_split,
+    pre_ptr, dh_ptr, dpre_ptr, h_ptr, parts_ptr, dots_ptr, scale_ptr, mask_ptr, T, F, rows_per_split,
     ACT: tl.constexpr, GATED: tl.constexpr, HAS_DH: tl.constexpr, HAS_H: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HAS_DOTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """dpre = dh act'(pre), h = act(pre), and the sums of dpre over the split's rows"""
+    """dpre = scale dh act'(pre), h = scale act(pre), the sums of dpre over the split's rows, and <dh, act(pre)>"""
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1).to(tl.int64)
     mask_f = offs_f < F
@@ -336,6 +386,7 @@ def mlp_projector_act_bwd_kernel(
     end = tl.minimum(begin + rows_per_split, T)
     sums = tl.zeros((BLOCK_F,), tl.float32)
     gate_sums = tl.zeros((BLOCK_F,), tl.float32)
+    dots = tl.zeros((BLOCK_F,), tl.float32)
     width = F * (2 if GATED else 1)
     for t in range(begin, end, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
@@ -346,23 +397,33 @@ def mlp_projector_act_bwd_kernel(
         if GATED:
             gate = tl.load(pre_ptr + offs_pre + F, mask, 0.0).to(tl.float32)
             opened = _tl.act(gate, ACT)
-            if HAS_H:
-                tl.store(h_ptr + offs, _tl.cast(opened * first, h_ptr.dtype.element_ty), mask)
-            if HAS_DH:
-                dh = tl.load(dh_ptr + offs, mask, 0.0).to(tl.float32)
+            h = opened * first
+        else:
+            h = _tl.act(first, ACT)
+        scale = 1.0
+        open_t = offs_t < end
+        if HAS_SCALE or HAS_MASK:
+            scale, open_t = mlp_projector_closing(scale_ptr, mask_ptr, offs_t, offs_t < end, HAS_SCALE, HAS_MASK)
+            h = tl.where(open_t[:, None], h, 0.0)
+        if HAS_H:
+            tl.store(h_ptr + offs, _tl.cast(h * scale, h_ptr.dtype.element_ty), mask)
+        if HAS_DH:
+            dh = tl.load(dh_ptr + offs, mask, 0.0).to(tl.float32)
+            if HAS_DOTS:
+                dots += tl.sum(dh * h, 0)
+            if HAS_SCALE or HAS_MASK:
+                dh = tl.where(open_t[:, None], dh * scale, 0.0)
+            if GATED:
                 dfirst = dh * opened
                 dgate = dh * first * _tl.act_derivative(gate, ACT)
-                tl.store(dpre_ptr + offs_pre, _tl.cast(dfirst, dpre_ptr.dtype.element_ty), mask)
                 tl.store(dpre_ptr + offs_pre + F, _tl.cast(dgate, dpre_ptr.dtype.element_ty), mask)
-                sums += tl.sum(dfirst, 0)
                 gate_sums += tl.sum(dgate, 0)
-        else:
-            if HAS_H:
-                tl.store(h_ptr + offs, _tl.cast(_tl.act(first, ACT), h_ptr.dtype.element_ty), mask)
-            if HAS_DH:
-                dfirst = tl.load(dh_ptr + offs, mask, 0.0).to(tl.float32) * _tl.act_derivative(first, ACT)
-                tl.store(dpre_ptr + offs_pre, _tl.cast(dfirst, dpre_ptr.dtype.element_ty), mask)
-                sums += tl.sum(dfirst, 0)
+            else:
+                dfirst = dh * _tl.act_derivative(first, ACT)
+            tl.store(dpre_ptr + offs_pre, _tl.cast(dfirst, dpre_ptr.dtype.element_ty), mask)
+            sums += tl.sum(dfirst, 0)
+    if HAS_DOTS:
+        tl.store(dots_ptr + split * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(mask_f, dots, 0.0), 0))
     if HAS_SUMS:
         tl.store(parts_ptr + split * width + offs_f, sums, mask_f)
         if GATED:
