@@ -10,6 +10,7 @@ import torch
 from vlkernels.ops.cross_attention import cases as cross_attention_cases
 from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
+from vlkernels.ops.selective_scan_2d.reference import chunk_length
 from vlkernels.testing.case import Case, Precision
 
 LEVEL_0 = 1.02  # of the baseline's FLOPs, where no matrix product is computed twice
@@ -115,6 +116,14 @@ def _norm_bytes(case: Case, precision: Precision) -> int:
     return 8 * (case.get("norm", "none") != "none")
 
 
+def _scan_bytes(case: Case, precision: Precision) -> int:
+    """delta, b and c of each direction, a gate, and in float32 the states between chunks; not u itself."""
+    L, K, S = case["H"] * case["W"], len(case.get("scan")), case["S"]
+    arguments = K * (case["D"] + 2 * case["G"] * S) + case["D"] * bool(case.get("z"))
+    states = 4 * K * case["D"] * S * (-(-L // chunk_length(L)) - 1)
+    return arguments * _itemsize(precision.compute) + -(-states // L)
+
+
 BUDGETS: dict[str, Budget] = {
     "cross_attention": Budget(
         saved_per_token=_attention_bytes,
@@ -169,5 +178,11 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=8,  # dropout's seed
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "C": 64},
+    ),
+    "selective_scan_2d": Budget(
+        saved_per_token=_scan_bytes,
+        saved_per_call=0,
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "D": 8},
     ),
 }

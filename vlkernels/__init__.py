@@ -13,6 +13,7 @@ from .ops.lora_qkv import lora_qkv
 from .ops.mlp_projector import mlp_projector
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
+from .ops.selective_scan_2d import selective_scan_2d
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "norm_residual",
     "release_scratch",
     "scratch_limit",
+    "selective_scan_2d",
     "swap",
     "unswap",
     "use_backend",

@@ -34,6 +34,7 @@ from .resampler_hf import (
     IdeficsPerceiverResampler,
     Kosmos2Projection,
 )
+from .scan import SS2D, MambaLayer, MambaState, VLMambaL2, VLMambaMLP
 from .visual_query import VisualQuery
 
 __all__ = [
@@ -69,6 +70,8 @@ __all__ = [
     "MLPProjector",
     "MPLUGOwl2Abstractor",
     "MPLUGOwlAbstractor",
+    "MambaLayer",
+    "MambaState",
     "MetaMapper",
     "MiniCPMVResampler",
     "OmniLMMResampler",
@@ -81,7 +84,10 @@ __all__ = [
     "QFormerOutput",
     "QLoRALinear",
     "QwenVLResampler",
+    "SS2D",
     "SpeechProjector",
+    "VLMambaL2",
+    "VLMambaMLP",
     "VideoLlamaConnector",
     "VisualEmbedding",
     "VisualQuery",
