@@ -14,6 +14,7 @@ from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.media_cross_attention import cases as media_cross_attention_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
 from vlkernels.ops.pooled_mlp import cases as pooled_mlp_cases
+from vlkernels.ops.selective_scan_2d.reference import chunk_length
 from vlkernels.testing.case import Case, Precision
 
 LEVEL_0 = 1.02  # of the baseline's FLOPs, where no matrix product is computed twice
@@ -178,6 +179,12 @@ def _unpooled(case: Case) -> dict[str, int]:
 def _deformable_bytes(case: Case, precision: Precision) -> int:
     """The maximum and denominator of each head's softmax."""
     return 8 * case["H"] * bool(case.get("softmax"))
+def _scan_bytes(case: Case, precision: Precision) -> int:
+    """delta, b and c of each direction, a gate, and in float32 the states between chunks; not u itself."""
+    L, K, S = case["H"] * case["W"], len(case.get("scan")), case["S"]
+    arguments = K * (case["D"] + 2 * case["G"] * S) + case["D"] * bool(case.get("z"))
+    states = 4 * K * case["D"] * S * (-(-L // chunk_length(L)) - 1)
+    return arguments * _itemsize(precision.compute) + -(-states // L)
 
 
 BUDGETS: dict[str, Budget] = {
@@ -276,5 +283,10 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=_pooled_flops,
         small={"T": 128, "C": 32, "F": 64, "N": 64},
+    "selective_scan_2d": Budget(
+        saved_per_token=_scan_bytes,
+        saved_per_call=0,
+        flops_ratio=lambda case: LEVEL_0,
+        small={"T": 128, "D": 8},
     ),
 }

@@ -54,6 +54,9 @@ OPS = {
                     ("gated_residual", "linear_projector", "media_cross_attention", "mlp_projector", "multi_layer_kv")),
     **dict.fromkeys(("hf_idefics", "llava_next_perceiver", "lucidrains", "openflamingo"),
                     ("cross_attention", "linear_projector", "mlp_projector", "multi_layer_kv")),
+    **dict.fromkeys(("hf_mamba", "selective_scan", "vmamba"), ("selective_scan_2d",)),
+    "vl_mamba_vss_l2": ("linear_projector", "selective_scan_2d"),
+    "vl_mamba_vss_mlp": ("mlp_projector", "selective_scan_2d"),
     "": ("mlp_projector",),
 }  # fmt: skip
 # a quantisation and nothing to differentiate

@@ -20,6 +20,7 @@ from .ops.modality_linear import modality_linear
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
 from .ops.pooled_mlp import pooled_mlp
+from .ops.selective_scan_2d import selective_scan_2d
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "pooled_mlp",
     "release_scratch",
     "scratch_limit",
+    "selective_scan_2d",
     "swap",
     "unswap",
     "use_backend",

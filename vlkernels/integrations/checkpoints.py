@@ -76,6 +76,10 @@ def _same(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) for name in names)
 
 
+_SS2D = (
+    *_same("in_proj.weight", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds", "out_proj.weight"),
+    *_both("conv2d", "out_norm"),
+)
 # our resamplers have upstream's names
 _FLAMINGO = (
     *_same("latents", "frame_embs", "media_time_embs", "media_pos_emb"),
@@ -165,6 +169,14 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.{proj}.weight", "mlp.{proj}.weight"),
         ("self_attn.rotary_emb.inv_freq", ""),
     ),
+    "op.selective_scan": (),
+    "op.mamba_layer": (  # transformers models/mamba/modeling_mamba.py, below mixer.
+        *_both("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"),
+        *_same("A_log", "D"),
+    ),
+    "ss2d.vmamba": _SS2D,  # MzeroMiko/VMamba classification/models/vmamba.py, below op.
+    "connector.vl_mamba_l2": (*_both("in_proj", "norm", "out_proj"), *_below("vss.", _SS2D)),
+    "connector.vl_mamba_mlp": (*_both("norm", "mlp.{i}"), *_below("vss.", _SS2D)),
     "resampler.kosmos2": (("latent_query", "latent_query"), *_both("dense", "x_attn.{part}")),
 }
 

@@ -44,6 +44,7 @@ from .resampler_hf import (
     IdeficsPerceiverResampler,
     Kosmos2Projection,
 )
+from .scan import SS2D, MambaLayer, MambaState, VLMambaL2, VLMambaMLP
 from .visual_query import VisualQuery
 
 __all__ = [
@@ -93,6 +94,8 @@ __all__ = [
     "MPLUGOwl2Abstractor",
     "MPLUGOwl2DecoderLayer",
     "MPLUGOwlAbstractor",
+    "MambaLayer",
+    "MambaState",
     "MetaMapper",
     "MiniCPMVResampler",
     "MultiScaleDeformableAttention",
@@ -106,7 +109,10 @@ __all__ = [
     "QFormerOutput",
     "QLoRALinear",
     "QwenVLResampler",
+    "SS2D",
     "SpeechProjector",
+    "VLMambaL2",
+    "VLMambaMLP",
     "VideoLlamaConnector",
     "VisualEmbedding",
     "VisualQuery",

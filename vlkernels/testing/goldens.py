@@ -39,6 +39,7 @@ from . import (
     golden_qformers,
     golden_resamplers,
 )
+from . import golden_builders, golden_mappers, golden_qformers, golden_resamplers, golden_scans
 from .golden_builders import GoldenError, Named
 
 # one line for each family
@@ -51,6 +52,7 @@ BUILDERS = {
     **golden_qformers.BUILDERS,
     **golden_experts.BUILDERS,
     **golden_gated.BUILDERS,
+    **golden_scans.BUILDERS,
 }
 
 # -- files ---------------------------------------------------------------------------------------------------------
