@@ -179,6 +179,8 @@ def _unpooled(case: Case) -> dict[str, int]:
 def _deformable_bytes(case: Case, precision: Precision) -> int:
     """The maximum and denominator of each head's softmax."""
     return 8 * case["H"] * bool(case.get("softmax"))
+
+
 def _scan_bytes(case: Case, precision: Precision) -> int:
     """delta, b and c of each direction, a gate, and in float32 the states between chunks; not u itself."""
     L, K, S = case["H"] * case["W"], len(case.get("scan")), case["S"]
@@ -283,6 +285,7 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=_pooled_flops,
         small={"T": 128, "C": 32, "F": 64, "N": 64},
+    ),
     "selective_scan_2d": Budget(
         saved_per_token=_scan_bytes,
         saved_per_call=0,

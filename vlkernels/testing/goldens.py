@@ -38,8 +38,8 @@ from . import (
     golden_mappers,
     golden_qformers,
     golden_resamplers,
+    golden_scans,
 )
-from . import golden_builders, golden_mappers, golden_qformers, golden_resamplers, golden_scans
 from .golden_builders import GoldenError, Named
 
 # one line for each family
