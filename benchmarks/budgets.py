@@ -10,6 +10,7 @@ import torch
 from vlkernels.ops.cross_attention import cases as cross_attention_cases
 from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
+from vlkernels.ops.prefix_attention import cases as prefix_attention_cases
 from vlkernels.testing.case import Case, Precision
 
 LEVEL_0 = 1.02  # of the baseline's FLOPs, where no matrix product is computed twice
@@ -95,6 +96,12 @@ def _attention_flops(case: Case) -> float:
     return LEVEL_0 * cross_attention_cases.padding(case) * sum(products.values()) / eager
 
 
+def _prefix_flops(case: Case) -> float:
+    """As _attention_flops."""
+    products = prefix_attention_cases.flops(case)
+    return LEVEL_0 * prefix_attention_cases.padding(case) * sum(products.values()) / (3 * products["forward"])
+
+
 def _itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
 
@@ -169,5 +176,11 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=8,  # dropout's seed
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "C": 64},
+    ),
+    "prefix_attention": Budget(
+        saved_per_token=lambda case, precision: 0,
+        saved_per_call=0,
+        flops_ratio=_prefix_flops,
+        small={"T": 128, "L": 64, "P": 16, "H": 2, "G": 2, "K": 32},
     ),
 }

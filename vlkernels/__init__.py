@@ -13,6 +13,7 @@ from .ops.lora_qkv import lora_qkv
 from .ops.mlp_projector import mlp_projector
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
+from .ops.prefix_attention import prefix_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "mlp_projector",
     "multi_layer_kv",
     "norm_residual",
+    "prefix_attention",
     "release_scratch",
     "scratch_limit",
     "swap",

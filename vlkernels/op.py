@@ -47,6 +47,8 @@ class Op:
     like: arguments that are not kept: their gradient has shape and dtype of the gradient of output number like[name].
     parts: argument -> the argument that lists the tensors whose concatenation it is. Where that list is not empty, they
         are kept for backward and joined again there; they get no gradient by themselves.
+    passes: arguments whose gradient is that of output number passes[name] itself: they are not kept, and the kernels,
+        whose results share no memory with their arguments, do not copy it.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Op:
         saves: tuple[str, ...],
         like: Mapping[str, int] | None = None,
         parts: Mapping[str, str] | None = None,
+        passes: Mapping[str, int] | None = None,
     ):
         self.name = module.rpartition(".")[2]
         self.saves = saves
-        self.like, self.parts = like or {}, parts or {}
+        self.like, self.parts, self.passes = like or {}, parts or {}, passes or {}
         self.reference = importlib.import_module(module + ".reference")
         self.__doc__ = self.reference.forward.__doc__
         signature = inspect.signature(self.reference.forward, eval_str=True)
@@ -114,7 +117,7 @@ class Op:
         values = self.reference.draw(*values)
         if backend == "reference":
             return self.reference.forward(*values)
-        out = self._operator(*values, backend)
+        out = _several(self._operator(*values, backend))
         return out[0] if self.outputs == 1 else out[: self.outputs]
 
     # -- registration ---------------------------------------------------------------------------------------------
@@ -148,16 +151,17 @@ class Op:
     def _forward(self, *values_and_backend):
         *values, backend = values_and_backend
         with _autocast_off(values[0]):
-            return self.kernels[backend].forward(*values)
+            return _returned(self.kernels[backend].forward(*values))
 
     def _fake(self, *values_and_backend):
         *values, _ = values_and_backend
         with _autocast_off(values[0]):
             out = self.reference.forward(*values)
         outputs = (out,) if self.outputs == 1 else tuple(out)
-        return tuple(o.contiguous() for o in outputs) + tuple(self.reference.residuals(*values))
+        return _returned(tuple(o.contiguous() for o in outputs) + tuple(self.reference.residuals(*values)))
 
     def _save(self, ctx, inputs, output) -> None:
+        output = _several(output)
         *values, ctx.backend = inputs
         by_name = {"y": output[0], **dict(zip(self.names, values, strict=True))}
         ctx.others = tuple(by_name[name] for name in self.others)
@@ -174,7 +178,8 @@ class Op:
         listed = dict(zip(self.names, ctx.needs_input_grad, strict=False))
         # a list of tensors wants a list of its own
         none = {n: [None] * len(need) if isinstance(need, (list, tuple)) else None for n, need in listed.items()}
-        needs = [none[n] is None and bool(listed[n]) for n in self.names]
+        needs = [none[n] is None and n not in self.passes and bool(listed[n]) for n in self.names]
+        none |= {n: grads[output] for n, output in self.passes.items() if listed[n]}
         if all(g is None for g in grads) or not any(needs):
             return (*none.values(), None)
         kept = iter(ctx.saved_tensors)
@@ -207,6 +212,15 @@ class Op:
             f"{self.name}: its kernels have no second derivative; run the forward under "
             'vlkernels.use_backend("reference") to differentiate twice'
         )
+
+
+def _returned(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """What an operator returns: a tensor by itself where it is the only one."""
+    return results[0] if len(results) == 1 else results
+
+
+def _several(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def _autocast_off(x: Tensor):

@@ -107,7 +107,7 @@ def _run(op, kernels, arguments: dict) -> None:
     kernels.backward(
         *(torch.empty_like(o) for o in out[: op.outputs]),
         saved={n: saved[n] for n in op.saves},
-        needs={n: needs.get(n, False) for n in op.names},
+        needs={n: needs.get(n, False) and n not in op.passes for n in op.names},
         **others,
     )
 
