@@ -117,7 +117,7 @@ def padding(case: Case) -> float:
 def _tiles(case: Case, itemsize: int):
     (B, L), dtype = _batch(case), torch.float32 if itemsize == 4 else torch.bfloat16
     S = 1 if case.get("shared") else B
-    return config(Dims(B * L, L, case["P"], S, case["H"], case["G"], case["K"]), dtype, arch(torch.empty(0)))
+    return config(Dims(B * L, L, case["P"], S, case["H"], case["G"], case["K"]), dtype, arch(torch.empty(0)), dtype)
 
 
 def _sizes(case: Case, e: int) -> tuple[int, int, int]:
@@ -142,5 +142,7 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
         tiles, (B, L) = _tiles(case, itemsize), _batch(case)
         parts = 4 * (prefix // itemsize) * tiles.splits
         # gate and factor are read by both kernels
+        if not tiles.together:
+            found["backward"] += 2 * rows + prefix + gates
         found["backward"] += 2 * parts + 8 * B * -(-L // tiles.back_l) * case["H"] + gates
     return found

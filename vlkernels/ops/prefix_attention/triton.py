@@ -56,7 +56,8 @@ class Config:
     """l: queries of a head that one program takes in forward; back_l: in backward at a time.
 
     splits: programs that share the queries of one row of the prefix's batch and one key/value head in backward; each
-    keeps its sums of dk and dv in registers and writes them once. per: tiles of each.
+    keeps its sums of dk and dv in registers and writes them once. per: tiles of each. together: dq with these sums in
+    one launch, else in two, each of which reads q and dy.
     """
 
     l: int
@@ -65,23 +66,29 @@ class Config:
     back_warps: int
     splits: int
     per: int
+    together: bool
 
 
-def config(dims: Dims, compute: torch.dtype, device_arch: int) -> Config:
-    """Tiles by width; not timed on a GPU yet."""
+def config(dims: Dims, compute: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
+    """Tiles by width; loaded: the dtype in which q comes. Not timed on a GPU yet.
+
+    The kernels are bound by memory: small tiles keep the products' operands in registers, and 32 rows keep sm_100 from
+    its tensor memory, of whose layouts Triton 3.7 fails to compile these sums over rows.
+    """
     p, k = max(16, triton.next_power_of_2(dims.P)), max(16, triton.next_power_of_2(dims.K))
+    # a float32 operand of a product is three
     single = compute == torch.float32
-    # queries, results and the sum of one tile lie in registers beside each other
-    l = 128 if k <= 64 and not single else 64
     # two sums of (P, K) stay in registers while tiles of q and dy pass
     heavy = p * k > 16 * 128
-    back_l, back_warps = (32 if heavy or single else 64), (8 if heavy else 4)
+    l = 16 if single else 32
+    back_l, back_warps = l, 8 if heavy or single or loaded == torch.float32 else 4
+    together = not (single and p * k > 32 * 128)
     blocks = triton.cdiv(dims.L, back_l)
     tiles = max(1, dims.B // max(1, dims.S) * (dims.H // dims.G) * blocks)
     programs = max(1, dims.S * dims.G)
     splits = max(1, min(tiles, triton.cdiv(2 * multiprocessors(device_arch), programs)))
     per = triton.cdiv(tiles, splits)
-    return Config(l, 4, back_l, back_warps, triton.cdiv(tiles, per), per)
+    return Config(l, 4, back_l, back_warps, triton.cdiv(tiles, per), per, together)
 
 
 # -- forward and backward ------------------------------------------------------------------------------------------
@@ -96,7 +103,7 @@ def forward(o, q, k, v, gate, factor, scale, tanh, dtype) -> tuple[Tensor]:
         return (y,)
     o = _rows(o)
     call = _Call.of(q, k, v, gate, factor, scale, tanh, compute)
-    tiles = config(call.dims, compute, arch(o))
+    tiles = config(call.dims, compute, arch(o), q.dtype)
     blocks = triton.cdiv(L, tiles.l)
     prefix_attention_fwd_kernel[(B * blocks * H,)](
         *call.tensors, o, y, *call.numbers, *o.stride()[:3], blocks, **call.flags, BLOCK_L=tiles.l,
@@ -116,17 +123,21 @@ def backward(dy, saved, needs, scale, tanh, dtype) -> dict[str, Tensor]:
         return {n: t.zero_() for n, t in made.items()}
     dy = _rows(dy)
     call = _Call.of(q, k, v, gate, factor, scale, tanh, compute)
-    tiles = config(call.dims, compute, arch(q))
+    tiles = config(call.dims, compute, arch(q), q.dtype)
     blocks = triton.cdiv(L, tiles.back_l)
     prefix, gates = needs["k"] or needs["v"], needs["gate"] or needs["factor"]
     empty, single = q.new_empty(0), {"dtype": torch.float32, "device": q.device}
     parts = torch.empty((S, G, tiles.splits, 2, P, K), **single) if prefix else empty
     dgates = torch.empty((B * blocks, H), **single) if gates else empty
-    prefix_attention_bwd_kernel[(S * G * tiles.splits,)](
-        *call.tensors, dy, made.get("q", empty), parts, dgates, *call.numbers, *dy.stride()[:3], blocks,
-        tiles.splits, tiles.per, B // S, **call.flags, HAS_DQ=needs["q"], HAS_PREFIX=prefix, HAS_GATES=gates,
-        BLOCK_L=tiles.back_l, num_warps=tiles.back_warps, num_stages=1,
-    )  # fmt: skip
+    wanted = {"HAS_DQ": needs["q"], "HAS_PREFIX": prefix, "HAS_GATES": gates}
+    apart = [{**wanted, "HAS_PREFIX": False}, {**wanted, "HAS_DQ": False, "HAS_GATES": False}]
+    for flags in [wanted] if tiles.together else apart:
+        if any(flags.values()):
+            prefix_attention_bwd_kernel[(S * G * tiles.splits,)](
+                *call.tensors, dy, made.get("q", empty), parts, dgates, *call.numbers, *dy.stride()[:3], blocks,
+                tiles.splits, tiles.per, B // S, **call.flags, **flags, BLOCK_L=tiles.back_l,
+                num_warps=tiles.back_warps, num_stages=1,
+            )  # fmt: skip
     if prefix or gates:
         pieces = triton.cdiv(P * K, SUM_BLOCK)
         sums = 2 * S * G * pieces if prefix else 0
