@@ -1,6 +1,7 @@
 """Drop-in modules that stand alone, with plain parameter names; `integrations.checkpoints` maps upstream's to them."""
 
 from .abstractor import HoneybeeResampler, MPLUGOwl2Abstractor, MPLUGOwlAbstractor
+from .adaption_prompt import AdaptionPromptAttention, QaPLayer
 from .blip2 import Blip2Stage1
 from .connector import (
     ConcatProjector,
@@ -10,6 +11,7 @@ from .connector import (
     VideoLlamaConnector,
 )
 from .dora import DoRALinear
+from .epalm import EpalmInjection, EpalmPrompt
 from .linear_projector import (
     EpalmConnector,
     FromageEmbeddings,
@@ -18,13 +20,22 @@ from .linear_projector import (
     VisualEmbedding,
     placeholder_rows,
 )
+from .llama_adapter import (
+    LlamaAdapterAttention,
+    LlamaAdapterBlock,
+    LlamaAdapterFeedForward,
+    LlamaAdapterPrompts,
+    LlamaAdapterVisualPrompts,
+)
 from .lora import LoRALinear
 from .lora_blocks import LoRAAttention, LoRADecoderLayer, LoRAMLP
 from .lora_embedding import DoRAEmbedding, LoRAEmbedding
 from .mapper import ESPERMLP, ClipCapMLP, ClipCapTransformer, MAPLMapper, MetaMapper
+from .memvp import MemVPAdapter, MemVPFeedForward, MemVPMemory, memory_ffn
 from .packed import PackedLoRALinear
 from .position_resampler import MiniCPMVResampler, OmniLMMResampler, QwenVLResampler
 from .projector import AdapterMLP, CogVLMGLU, LlavaPooler, LlavaProjector, MLPProjector, PixelShuffleProjector
+from .prompts import PrefixEncoder, PromptFuse, SoftPrompt, VPTPrompts
 from .qformer import ImageKV, QFormer, QFormerCache, QFormerOutput
 from .quantized import QLoRALinear
 from .resampler import LlavaPerceiverResampler, PerceiverResampler
@@ -38,6 +49,7 @@ from .visual_query import VisualQuery
 
 __all__ = [
     "AdapterMLP",
+    "AdaptionPromptAttention",
     "Blip2Stage1",
     "ClipCapMLP",
     "ClipCapTransformer",
@@ -47,6 +59,8 @@ __all__ = [
     "DoRALinear",
     "ESPERMLP",
     "EpalmConnector",
+    "EpalmInjection",
+    "EpalmPrompt",
     "FrameQFormerConnector",
     "FromageEmbeddings",
     "HoneybeeResampler",
@@ -57,6 +71,11 @@ __all__ = [
     "ImagePrefix",
     "Kosmos2Projection",
     "LinearProjector",
+    "LlamaAdapterAttention",
+    "LlamaAdapterBlock",
+    "LlamaAdapterFeedForward",
+    "LlamaAdapterPrompts",
+    "LlamaAdapterVisualPrompts",
     "LlavaPerceiverResampler",
     "LlavaPooler",
     "LlavaProjector",
@@ -69,21 +88,30 @@ __all__ = [
     "MLPProjector",
     "MPLUGOwl2Abstractor",
     "MPLUGOwlAbstractor",
+    "MemVPAdapter",
+    "MemVPFeedForward",
+    "MemVPMemory",
     "MetaMapper",
     "MiniCPMVResampler",
     "OmniLMMResampler",
     "PackedLoRALinear",
     "PerceiverResampler",
     "PixelShuffleProjector",
+    "PrefixEncoder",
+    "PromptFuse",
     "QFormer",
     "QFormerCache",
     "QFormerConnector",
     "QFormerOutput",
     "QLoRALinear",
+    "QaPLayer",
     "QwenVLResampler",
+    "SoftPrompt",
     "SpeechProjector",
+    "VPTPrompts",
     "VideoLlamaConnector",
     "VisualEmbedding",
     "VisualQuery",
+    "memory_ffn",
     "placeholder_rows",
 ]

@@ -89,7 +89,7 @@ def prefix_attention_bwd_kernel(
     stride_dyl, stride_dyh, blocks, splits, per, batches,
     TANH: tl.constexpr, HAS_FACTOR: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, HAS_DQ: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    HAS_GATES: tl.constexpr, BLOCK_L: tl.constexpr,
+    HAS_GATES: tl.constexpr, HOLD: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """With u = dy vᵀ, w the weights, d = sum of w u and g the gate: ds = g w (u - d) scale, dq = ds k, dk = dsᵀ q,
     dv = g wᵀ dy, and the gate's gradient before its tanh is the sum of d.
@@ -105,12 +105,11 @@ def prefix_attention_bwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_p = offs_p < P
     mask_k = offs_k < K
-    keys = prefix_attention_rows(
-        k_ptr + source * stride_kb + kv * stride_kg, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT
-    )
-    values = prefix_attention_rows(
-        v_ptr + source * stride_vb + kv * stride_vg, offs_p, mask_p, stride_vp, K, BLOCK_K, PRODUCT
-    )
+    k_ptr += source * stride_kb + kv * stride_kg
+    v_ptr += source * stride_vb + kv * stride_vg
+    if HOLD:
+        keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
+        values = prefix_attention_rows(v_ptr, offs_p, mask_p, stride_vp, K, BLOCK_K, PRODUCT)
     sum_k = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     sum_v = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     begin = split * per
@@ -124,7 +123,12 @@ def prefix_attention_bwd_kernel(
         dy = prefix_attention_rows(
             dy_ptr + b * stride_dyb + h * stride_dyh, offs_l, mask_l, stride_dyl, K, BLOCK_K, PRODUCT
         )
+        # what is not held is loaded for each product: none of them then shares its memory on chip with another
+        if not HOLD:
+            keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
         w = prefix_attention_weights(q, keys, mask_p, scale, PRECISION, BLOCK_L, BLOCK_P)
+        if not HOLD:
+            values = prefix_attention_rows(v_ptr, offs_p, mask_p, stride_vp, K, BLOCK_K, PRODUCT)
         u = _tl.dot(dy, tl.trans(values), tl.zeros((BLOCK_L, BLOCK_P), tl.float32), PRECISION)
         d = tl.sum(w * u, 1)
         if HAS_GATES:
@@ -134,6 +138,8 @@ def prefix_attention_bwd_kernel(
         g = prefix_attention_strength(gate_ptr, factor_ptr, h * stride_gate, TANH, HAS_FACTOR)
         ds = _tl.cast(w * (u - d[:, None]), PRODUCT)
         if HAS_DQ:
+            if not HOLD:
+                keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
             dq = _tl.dot(ds, keys, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), PRECISION) * (g * scale)
             out = dq_ptr + ((b * L + offs_l) * H + h)[:, None] * K + offs_k[None, :]
             tl.store(out, _tl.cast(dq, dq_ptr.dtype.element_ty), mask_l[:, None] & mask_k[None, :])

@@ -57,7 +57,7 @@ class Config:
 
     splits: programs that share the queries of one row of the prefix's batch and one key/value head in backward; each
     keeps its sums of dk and dv in registers and writes them once. per: tiles of each. together: dq with these sums in
-    one launch, else in two, each of which reads q and dy.
+    one launch, the prefix held on chip; else in two, each of which reads q and dy.
     """
 
     l: int
@@ -135,7 +135,7 @@ def backward(dy, saved, needs, scale, tanh, dtype) -> dict[str, Tensor]:
         if any(flags.values()):
             prefix_attention_bwd_kernel[(S * G * tiles.splits,)](
                 *call.tensors, dy, made.get("q", empty), parts, dgates, *call.numbers, *dy.stride()[:3], blocks,
-                tiles.splits, tiles.per, B // S, **call.flags, **flags, BLOCK_L=tiles.back_l,
+                tiles.splits, tiles.per, B // S, **call.flags, **flags, HOLD=tiles.together, BLOCK_L=tiles.back_l,
                 num_warps=tiles.back_warps, num_stages=1,
             )  # fmt: skip
     if prefix or gates:
