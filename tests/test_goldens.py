@@ -44,6 +44,9 @@ OPS = {
                     ("cross_attention", "linear_projector", "multi_layer_kv", "norm_residual")),
     **dict.fromkeys(("hf_idefics", "llava_next_perceiver", "lucidrains", "openflamingo"),
                     ("cross_attention", "linear_projector", "mlp_projector", "multi_layer_kv")),
+    **dict.fromkeys(("llama_adapter_v1", "llama_adapter_v2_small", "peft_adaption"), ("prefix_attention",)),
+    "llama_adapter_v2_lora": ("lora_linear", "lora_mlp", "lora_qkv", "prefix_attention"),
+    **dict.fromkeys(("llama_adapter_v2_scale", "memvp_clip", "peft_pr", "vpt"), ()),
     "": ("mlp_projector",),
 }  # fmt: skip
 # a quantisation and nothing to differentiate

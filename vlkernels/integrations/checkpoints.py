@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .mapper_keys import MAPPER_MAPS
+from .prefix_keys import PREFIX_MAPS
 from .qformer_keys import QFORMER_MAPS
 
 # (upstream template, our template); {name} stands for one part of a dotted name and is carried over; an empty template
@@ -125,6 +126,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     **QFORMER_MAPS,
     **MAPPER_MAPS,
+    **PREFIX_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,
     "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),

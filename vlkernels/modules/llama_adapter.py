@@ -267,8 +267,11 @@ class LlamaAdapterVisualPrompts(VisualQuery):
     def query(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
+    def prompts(self, visual: Tensor) -> list[Tensor]:
+        return _prompts(self.adapter_query, self.query_len, visual)
+
     def forward(self, x: Tensor) -> list[Tensor]:
-        return _prompts(self.adapter_query, self.query_len, self.query(x))
+        return self.prompts(self.query(x))
 
 
 def _prompts(query: nn.Embedding, rows: int, visual: Tensor | None) -> list[Tensor]:

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
-from . import golden_builders, golden_mappers, golden_qformers, golden_resamplers
+from . import golden_builders, golden_mappers, golden_prefix, golden_qformers, golden_resamplers
 from .golden_builders import GoldenError, Named
 
 # one line for each family
@@ -38,6 +38,7 @@ BUILDERS = {
     **golden_mappers.BUILDERS,
     **golden_resamplers.BUILDERS,
     **golden_qformers.BUILDERS,
+    **golden_prefix.BUILDERS,
 }
 
 # -- files ---------------------------------------------------------------------------------------------------------
