@@ -223,6 +223,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 def problems(result: Result) -> list[str]:
     found = []
+    if 0 <= result.registers < 8:
+        found.append("a kernel without code: the compiler left a trap in its place")
     if result.spills:
         found.append(f"{result.spills} spill instructions")
     if result.stack:

@@ -143,6 +143,7 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
         parts = 4 * (prefix // itemsize) * tiles.splits
         # gate and factor are read by both kernels
         if not tiles.together:
-            found["backward"] += 2 * rows + prefix + gates
+            # one launch more for each of dk, which takes keys and values, and dv, which takes keys
+            found["backward"] += 4 * rows + 3 * prefix // 2 + 2 * gates
         found["backward"] += 2 * parts + 8 * B * -(-L // tiles.back_l) * case["H"] + gates
     return found

@@ -48,6 +48,22 @@ def prefix_attention_weights(
 
 
 @triton.jit
+def prefix_attention_add(
+    acc, a, b, factor, PRECISION: tl.constexpr, HALVES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + factor aᵀ b for a (BLOCK_L, BLOCK_P); HALVES: half of its columns at a time, for 64 rows of float32 would
+    go to sm_100's tensor memory, for which Triton 3.7 emits a trap"""
+    if HALVES:
+        first, second = tl.split(tl.permute(tl.reshape(a, (BLOCK_L, 2, BLOCK_P // 2)), (0, 2, 1)))
+        zero = tl.zeros((BLOCK_P // 2, BLOCK_K), tl.float32)
+        both = tl.join(_tl.dot(tl.trans(first), b, zero, PRECISION), _tl.dot(tl.trans(second), b, zero, PRECISION))
+        return acc + tl.reshape(tl.permute(both, (2, 0, 1)), (BLOCK_P, BLOCK_K)) * factor
+    else:
+        return acc + _tl.dot(tl.trans(a), b, tl.zeros((BLOCK_P, BLOCK_K), tl.float32), PRECISION) * factor
+
+
+@triton.jit
 def prefix_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, factor_ptr, o_ptr, y_ptr, L, P, H, G, stride_qb, stride_ql, stride_qh,
     stride_kb, stride_kp, stride_kg, stride_vb, stride_vp, stride_vg, stride_gate, scale, stride_ob, stride_ol,
@@ -88,8 +104,9 @@ def prefix_attention_bwd_kernel(
     stride_qh, stride_kb, stride_kp, stride_kg, stride_vb, stride_vp, stride_vg, stride_gate, scale, stride_dyb,
     stride_dyl, stride_dyh, blocks, splits, per, batches,
     TANH: tl.constexpr, HAS_FACTOR: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, HAS_DQ: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    HAS_GATES: tl.constexpr, HOLD: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
+    HAS_GATES: tl.constexpr, HOLD: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """With u = dy vᵀ, w the weights, d = sum of w u and g the gate: ds = g w (u - d) scale, dq = ds k, dk = dsᵀ q,
     dv = g wᵀ dy, and the gate's gradient before its tanh is the sum of d.
@@ -107,8 +124,9 @@ def prefix_attention_bwd_kernel(
     mask_k = offs_k < K
     k_ptr += source * stride_kb + kv * stride_kg
     v_ptr += source * stride_vb + kv * stride_vg
-    if HOLD:
+    if HOLD == 2:
         keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
+    if HOLD >= 1:
         values = prefix_attention_rows(v_ptr, offs_p, mask_p, stride_vp, K, BLOCK_K, PRODUCT)
     sum_k = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     sum_v = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
@@ -123,34 +141,38 @@ def prefix_attention_bwd_kernel(
         dy = prefix_attention_rows(
             dy_ptr + b * stride_dyb + h * stride_dyh, offs_l, mask_l, stride_dyl, K, BLOCK_K, PRODUCT
         )
-        # what is not held is loaded for each product: none of them then shares its memory on chip with another
-        if not HOLD:
+        # HOLD 1: values only, 0: nothing; what is not held is loaded again for each product
+        if HOLD < 2:
             keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
         w = prefix_attention_weights(q, keys, mask_p, scale, PRECISION, BLOCK_L, BLOCK_P)
-        if not HOLD:
-            values = prefix_attention_rows(v_ptr, offs_p, mask_p, stride_vp, K, BLOCK_K, PRODUCT)
-        u = _tl.dot(dy, tl.trans(values), tl.zeros((BLOCK_L, BLOCK_P), tl.float32), PRECISION)
-        d = tl.sum(w * u, 1)
-        if HAS_GATES:
-            # rows past the last have dy = 0
-            tl.store(dgates_ptr + (b * blocks + block) * H + h, tl.sum(d, 0))
         # the gate comes after the products: a small one would cost a half-precision operand its digits
         g = prefix_attention_strength(gate_ptr, factor_ptr, h * stride_gate, TANH, HAS_FACTOR)
-        ds = _tl.cast(w * (u - d[:, None]), PRODUCT)
-        if HAS_DQ:
-            if not HOLD:
-                keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
-            dq = _tl.dot(ds, keys, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), PRECISION) * (g * scale)
-            out = dq_ptr + ((b * L + offs_l) * H + h)[:, None] * K + offs_k[None, :]
-            tl.store(out, _tl.cast(dq, dq_ptr.dtype.element_ty), mask_l[:, None] & mask_k[None, :])
-        if HAS_PREFIX:
-            zero = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-            sum_k += _tl.dot(tl.trans(ds), q, zero, PRECISION) * (g * scale)
-            sum_v += _tl.dot(tl.trans(_tl.cast(w, PRODUCT)), dy, zero, PRECISION) * g
-    if HAS_PREFIX:
-        mask = mask_p[:, None] & mask_k[None, :]
-        out = parts_ptr + pid * 2 * P * K + offs_p[:, None] * K + offs_k[None, :]
+        if HAS_DQ or HAS_DK or HAS_GATES:
+            if HOLD < 1:
+                values = prefix_attention_rows(v_ptr, offs_p, mask_p, stride_vp, K, BLOCK_K, PRODUCT)
+            u = _tl.dot(dy, tl.trans(values), tl.zeros((BLOCK_L, BLOCK_P), tl.float32), PRECISION)
+            d = tl.sum(w * u, 1)
+            if HAS_GATES:
+                # rows past the last have dy = 0
+                tl.store(dgates_ptr + (b * blocks + block) * H + h, tl.sum(d, 0))
+            ds = _tl.cast(w * (u - d[:, None]), PRODUCT)
+            if HAS_DQ:
+                if HOLD < 2:
+                    keys = prefix_attention_rows(k_ptr, offs_p, mask_p, stride_kp, K, BLOCK_K, PRODUCT)
+                dq = _tl.dot(ds, keys, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), PRECISION) * (g * scale)
+                out = dq_ptr + ((b * L + offs_l) * H + h)[:, None] * K + offs_k[None, :]
+                tl.store(out, _tl.cast(dq, dq_ptr.dtype.element_ty), mask_l[:, None] & mask_k[None, :])
+            if HAS_DK:
+                sum_k = prefix_attention_add(sum_k, ds, q, g * scale, PRECISION, HALVES, BLOCK_L, BLOCK_P, BLOCK_K)
+        if HAS_DV:
+            sum_v = prefix_attention_add(
+                sum_v, _tl.cast(w, PRODUCT), dy, g, PRECISION, HALVES, BLOCK_L, BLOCK_P, BLOCK_K
+            )
+    mask = mask_p[:, None] & mask_k[None, :]
+    out = parts_ptr + pid * 2 * P * K + offs_p[:, None] * K + offs_k[None, :]
+    if HAS_DK:
         tl.store(out, sum_k, mask)
+    if HAS_DV:
         tl.store(out + P * K, sum_v, mask)
 
 

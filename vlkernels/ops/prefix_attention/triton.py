@@ -56,8 +56,9 @@ class Config:
     """l: queries of a head that one program takes in forward; back_l: in backward at a time.
 
     splits: programs that share the queries of one row of the prefix's batch and one key/value head in backward; each
-    keeps its sums of dk and dv in registers and writes them once. per: tiles of each. together: dq with these sums in
-    one launch, the prefix held on chip; else in two, each of which reads q and dy.
+    keeps its sums of dk and dv in registers and writes them once. per: tiles of each. together: dq, dk and dv in one
+    launch, else in three, each of which reads q and dy. hold: of the one that gives dq, what of the prefix stays on
+    chip between its products: 2 keys and values, 1 values.
     """
 
     l: int
@@ -67,6 +68,7 @@ class Config:
     splits: int
     per: int
     together: bool
+    hold: int
 
 
 def config(dims: Dims, compute: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
@@ -80,15 +82,17 @@ def config(dims: Dims, compute: torch.dtype, device_arch: int, loaded: torch.dty
     single = compute == torch.float32
     # two sums of (P, K) stay in registers while tiles of q and dy pass
     heavy = p * k > 16 * 128
-    l = 16 if single else 32
-    back_l, back_warps = l, 8 if heavy or single or loaded == torch.float32 else 4
+    l = 16 if single or loaded == torch.float32 else 32
+    back_l, back_warps = l, 8 if heavy or single else 4
     together = not (single and p * k > 32 * 128)
+    # sm_80's shared memory has no room for both
+    hold = 1 if 0 < device_arch < 90 and not together else 2
     blocks = triton.cdiv(dims.L, back_l)
     tiles = max(1, dims.B // max(1, dims.S) * (dims.H // dims.G) * blocks)
     programs = max(1, dims.S * dims.G)
     splits = max(1, min(tiles, triton.cdiv(2 * multiprocessors(device_arch), programs)))
     per = triton.cdiv(tiles, splits)
-    return Config(l, 4, back_l, back_warps, triton.cdiv(tiles, per), per, together)
+    return Config(l, 4, back_l, back_warps, triton.cdiv(tiles, per), per, together, hold)
 
 
 # -- forward and backward ------------------------------------------------------------------------------------------
@@ -129,13 +133,15 @@ def backward(dy, saved, needs, scale, tanh, dtype) -> dict[str, Tensor]:
     empty, single = q.new_empty(0), {"dtype": torch.float32, "device": q.device}
     parts = torch.empty((S, G, tiles.splits, 2, P, K), **single) if prefix else empty
     dgates = torch.empty((B * blocks, H), **single) if gates else empty
-    wanted = {"HAS_DQ": needs["q"], "HAS_PREFIX": prefix, "HAS_GATES": gates}
-    apart = [{**wanted, "HAS_PREFIX": False}, {**wanted, "HAS_DQ": False, "HAS_GATES": False}]
-    for flags in [wanted] if tiles.together else apart:
+    wanted = {"HAS_DQ": needs["q"], "HAS_GATES": gates, "HAS_DK": needs["k"], "HAS_DV": needs["v"]}
+    launches = [tuple(wanted)] if tiles.together else [("HAS_DQ", "HAS_GATES"), ("HAS_DK",), ("HAS_DV",)]
+    for names in launches:
+        flags = {name: need and name in names for name, need in wanted.items()}
         if any(flags.values()):
             prefix_attention_bwd_kernel[(S * G * tiles.splits,)](
                 *call.tensors, dy, made.get("q", empty), parts, dgates, *call.numbers, *dy.stride()[:3], blocks,
-                tiles.splits, tiles.per, B // S, **call.flags, **flags, HOLD=tiles.together, BLOCK_L=tiles.back_l,
+                tiles.splits, tiles.per, B // S, **call.flags, **flags, HALVES=not tiles.together,
+                HOLD=tiles.hold if tiles.together or "HAS_DQ" in names else 0, BLOCK_L=tiles.back_l,
                 num_warps=tiles.back_warps, num_stages=1,
             )  # fmt: skip
     if prefix or gates:
