@@ -83,7 +83,9 @@ def config(dims: Dims, compute: torch.dtype, device_arch: int, loaded: torch.dty
     # two sums of (P, K) stay in registers while tiles of q and dy pass
     heavy = p * k > 16 * 128
     l = 16 if single or loaded == torch.float32 else 32
-    back_l, back_warps = l, 8 if heavy or single else 4
+    # on sm_80 the compiler keeps to 128 registers and spills what more rows need
+    back_l = 16 if 0 < device_arch < 90 and not heavy else l
+    back_warps = 8 if heavy or single else 4
     together = not (single and p * k > 32 * 128)
     # sm_80's shared memory has no room for both
     hold = 1 if 0 < device_arch < 90 and not together else 2
