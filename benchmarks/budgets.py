@@ -14,6 +14,7 @@ from vlkernels.ops.dora_linear import cases as dora_linear_cases
 from vlkernels.ops.media_cross_attention import cases as media_cross_attention_cases
 from vlkernels.ops.mlp_projector import cases as mlp_projector_cases
 from vlkernels.ops.pooled_mlp import cases as pooled_mlp_cases
+from vlkernels.ops.prefix_attention import cases as prefix_attention_cases
 from vlkernels.ops.selective_scan_2d.reference import chunk_length
 from vlkernels.testing.case import Case, Precision
 
@@ -98,6 +99,12 @@ def _attention_flops(case: Case) -> float:
     products = cross_attention_cases.flops(case)
     eager = 3 * products["forward"]
     return LEVEL_0 * cross_attention_cases.padding(case) * sum(products.values()) / eager
+
+
+def _prefix_flops(case: Case) -> float:
+    """As _attention_flops."""
+    products = prefix_attention_cases.flops(case)
+    return LEVEL_0 * prefix_attention_cases.padding(case) * sum(products.values()) / (3 * products["forward"])
 
 
 def _itemsize(dtype: torch.dtype) -> int:
@@ -291,5 +298,11 @@ BUDGETS: dict[str, Budget] = {
         saved_per_call=0,
         flops_ratio=lambda case: LEVEL_0,
         small={"T": 128, "D": 8},
+    ),
+    "prefix_attention": Budget(
+        saved_per_token=lambda case, precision: 0,
+        saved_per_call=0,
+        flops_ratio=_prefix_flops,
+        small={"T": 128, "L": 64, "P": 16, "H": 2, "G": 2, "K": 32},
     ),
 }

@@ -57,6 +57,9 @@ OPS = {
     **dict.fromkeys(("hf_mamba", "selective_scan", "vmamba"), ("selective_scan_2d",)),
     "vl_mamba_vss_l2": ("linear_projector", "selective_scan_2d"),
     "vl_mamba_vss_mlp": ("mlp_projector", "selective_scan_2d"),
+    **dict.fromkeys(("llama_adapter_v1", "llama_adapter_v2_small", "peft_adaption"), ("prefix_attention",)),
+    "llama_adapter_v2_lora": ("lora_linear", "lora_mlp", "lora_qkv", "prefix_attention"),
+    **dict.fromkeys(("llama_adapter_v2_scale", "memvp_clip", "peft_pr", "vpt"), ()),
     "": ("mlp_projector",),
 }  # fmt: skip
 # a quantisation and nothing to differentiate

@@ -20,6 +20,7 @@ from .ops.modality_linear import modality_linear
 from .ops.multi_layer_kv import multi_layer_kv
 from .ops.norm_residual import norm_residual
 from .ops.pooled_mlp import pooled_mlp
+from .ops.prefix_attention import prefix_attention
 from .ops.selective_scan_2d import selective_scan_2d
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "multi_layer_kv",
     "norm_residual",
     "pooled_mlp",
+    "prefix_attention",
     "release_scratch",
     "scratch_limit",
     "selective_scan_2d",

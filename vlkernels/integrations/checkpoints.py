@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .gated_keys import GATED_MAPS
 from .mapper_keys import MAPPER_MAPS
+from .prefix_keys import PREFIX_MAPS
 from .qformer_keys import QFORMER_MAPS
 
 # (upstream template, our template); {name} stands for one part of a dotted name and is carried over; an empty template
@@ -144,6 +145,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "projector.mobilevlm_ldp": _LDP,  # below model.mm_projector.
     "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
     **GATED_MAPS,
+    **PREFIX_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,
     "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),

@@ -23,6 +23,7 @@ from .. import backends
 TARGETS: dict[str, str] = {
     "peft.tuners.lora.layer:Linear": "vlkernels.integrations.peft:linear_class",
     "peft.tuners.lora.bnb:Linear4bit": "vlkernels.integrations.peft_bnb:linear4bit_class",
+    "peft.tuners.adaption_prompt.layer:AdaptedAttention": "vlkernels.integrations.peft_adaption:attention_class",
 }
 
 # Modules that users expect to see swapped and that stay as they are, with the reason.
@@ -32,6 +33,7 @@ LEFT: dict[str, str] = {
     "peft.tuners.lora.layer:Conv2d": "LoRA on convolutions has no fused kernel",
     "peft.tuners.lora.layer:Conv3d": "LoRA on convolutions has no fused kernel",
     "peft.tuners.lora.layer:MultiheadAttention": "LoRA on nn.MultiheadAttention has no fused kernel",
+    "peft.tuners.adaption_prompt.layer:AdaptedAttentionGPT": "GPT-2's prompt is added after the output projection",
     "peft.tuners.lora.bnb:Linear8bitLt": "an 8-bit base has no fused kernel",
     # every other kind, quantised bases and parameters without a module among them
     "peft.tuners.lora.layer:LoraLayer": "this kind of LoRA layer has no fused kernel",

@@ -1,6 +1,7 @@
 """Drop-in modules that stand alone, with plain parameter names; `integrations.checkpoints` maps upstream's to them."""
 
 from .abstractor import HoneybeeResampler, MPLUGOwl2Abstractor, MPLUGOwlAbstractor
+from .adaption_prompt import AdaptionPromptAttention, QaPLayer
 from .blip2 import Blip2Stage1
 from .connector import (
     ConcatProjector,
@@ -12,6 +13,7 @@ from .connector import (
 from .conv_abstractor import CAbstractor, LDPNetProjector, LDPNetV2Projector, mobilevlm_projector
 from .deformable import DAbstractor, DeformableDecoderLayer, MultiScaleDeformableAttention
 from .dora import DoRALinear
+from .epalm import EpalmInjection, EpalmPrompt
 from .expert import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids, cogvlm_vision_mask
 from .gated import (
     GatedCrossAttentionBlock,
@@ -28,13 +30,22 @@ from .linear_projector import (
     VisualEmbedding,
     placeholder_rows,
 )
+from .llama_adapter import (
+    LlamaAdapterAttention,
+    LlamaAdapterBlock,
+    LlamaAdapterFeedForward,
+    LlamaAdapterPrompts,
+    LlamaAdapterVisualPrompts,
+)
 from .lora import LoRALinear
 from .lora_blocks import LoRAAttention, LoRADecoderLayer, LoRAMLP
 from .lora_embedding import DoRAEmbedding, LoRAEmbedding
 from .mapper import ESPERMLP, ClipCapMLP, ClipCapTransformer, MAPLMapper, MetaMapper
+from .memvp import MemVPAdapter, MemVPFeedForward, MemVPMemory, memory_ffn
 from .packed import PackedLoRALinear
 from .position_resampler import MiniCPMVResampler, OmniLMMResampler, QwenVLResampler
 from .projector import AdapterMLP, CogVLMGLU, LlavaPooler, LlavaProjector, MLPProjector, PixelShuffleProjector
+from .prompts import PrefixEncoder, PromptFuse, SoftPrompt, VPTPrompts
 from .qformer import ImageKV, QFormer, QFormerCache, QFormerOutput
 from .quantized import QLoRALinear
 from .resampler import LlavaPerceiverResampler, PerceiverResampler
@@ -56,6 +67,7 @@ __all__ = [
     "IdeficsGatedCrossAttentionLayer",
     "GatedCrossAttentionBlock",
     "AdapterMLP",
+    "AdaptionPromptAttention",
     "Blip2Stage1",
     "CAbstractor",
     "ClipCapMLP",
@@ -69,6 +81,8 @@ __all__ = [
     "DoRALinear",
     "ESPERMLP",
     "EpalmConnector",
+    "EpalmInjection",
+    "EpalmPrompt",
     "FrameQFormerConnector",
     "FromageEmbeddings",
     "HoneybeeResampler",
@@ -81,6 +95,11 @@ __all__ = [
     "LDPNetProjector",
     "LDPNetV2Projector",
     "LinearProjector",
+    "LlamaAdapterAttention",
+    "LlamaAdapterBlock",
+    "LlamaAdapterFeedForward",
+    "LlamaAdapterPrompts",
+    "LlamaAdapterVisualPrompts",
     "LlavaPerceiverResampler",
     "LlavaPooler",
     "LlavaProjector",
@@ -96,6 +115,9 @@ __all__ = [
     "MPLUGOwlAbstractor",
     "MambaLayer",
     "MambaState",
+    "MemVPAdapter",
+    "MemVPFeedForward",
+    "MemVPMemory",
     "MetaMapper",
     "MiniCPMVResampler",
     "MultiScaleDeformableAttention",
@@ -103,11 +125,14 @@ __all__ = [
     "PackedLoRALinear",
     "PerceiverResampler",
     "PixelShuffleProjector",
+    "PrefixEncoder",
+    "PromptFuse",
     "QFormer",
     "QFormerCache",
     "QFormerConnector",
     "QFormerOutput",
     "QLoRALinear",
+    "QaPLayer",
     "QwenVLResampler",
     "SS2D",
     "SpeechProjector",
@@ -119,5 +144,12 @@ __all__ = [
     "cogvlm_position_ids",
     "cogvlm_vision_mask",
     "mobilevlm_projector",
+    "SoftPrompt",
+    "SpeechProjector",
+    "VPTPrompts",
+    "VideoLlamaConnector",
+    "VisualEmbedding",
+    "VisualQuery",
+    "memory_ffn",
     "placeholder_rows",
 ]

@@ -13,8 +13,9 @@ class VisualQuery(nn.Module):
 
         s = [visual_query; LN(clip_proj(x))];  y = LN(visual_proj(the first query_len rows of blocks(s)))
 
-    x: CLIP's tokens with CLS, after its last norm and projection. The blocks are a ViT's: pre-norm (eps 1e-6), packed
-    query, key and value with biases, exact GELU, MLP ratio v_mlp_ratio. The last one computes the returned rows only.
+    x: CLIP's tokens with CLS, after its last norm and projection. The blocks are a ViT's: pre-norm (eps, 1e-6 in recent
+    timm and 1e-5 in the one that upstream pins), packed query, key and value with biases, exact GELU, MLP ratio
+    v_mlp_ratio. The last one computes the returned rows only.
 
     Parameters as upstream's: `visual_query.weight` (query_len, v), `clip_proj` (v, C), `clip_proj_norm`,
     `visual_blocks.{l}` as in SelfAttentionBlock, `visual_proj` (D, v), `visual_proj_norm`, v = v_embed_dim, the norms'
@@ -33,6 +34,7 @@ class VisualQuery(nn.Module):
         v_num_heads: int = 16,
         v_mlp_ratio: float = 4.0,
         query_len: int = 10,
+        eps: float = 1e-6,
         level: int = 0,
         device=None,
         dtype=None,
@@ -47,7 +49,7 @@ class VisualQuery(nn.Module):
         self.visual_query = nn.Embedding(query_len, v_embed_dim, **made)
         inner = int(v_embed_dim * v_mlp_ratio)
         self.visual_blocks = nn.ModuleList(
-            SelfAttentionBlock(v_embed_dim, v_num_heads, inner, act="gelu", eps=1e-6, level=level, **made)
+            SelfAttentionBlock(v_embed_dim, v_num_heads, inner, act="gelu", eps=eps, level=level, **made)
             for _ in range(v_depth)
         )
         self.visual_proj = nn.Linear(v_embed_dim, llm_dim, **made)

@@ -36,6 +36,7 @@ from . import (
     golden_experts,
     golden_gated,
     golden_mappers,
+    golden_prefix,
     golden_qformers,
     golden_resamplers,
     golden_scans,
@@ -53,6 +54,7 @@ BUILDERS = {
     **golden_experts.BUILDERS,
     **golden_gated.BUILDERS,
     **golden_scans.BUILDERS,
+    **golden_prefix.BUILDERS,
 }
 
 # -- files ---------------------------------------------------------------------------------------------------------
