@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equations import (
-    BACKENDS,
     Variant,
     attention,
     by_hand,
@@ -24,6 +23,7 @@ from equations import (
     on_triton,
     randomised,
     same_in_float64,
+    slow_on_kernels,
     tokens,
 )
 
@@ -32,6 +32,7 @@ from vlkernels.modules import HoneybeeResampler, MPLUGOwl2Abstractor, MPLUGOwlAb
 from vlkernels.modules._positions import sincos_1d, sincos_2d
 from vlkernels.modules.abstractor import AbstractorLayer
 
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 OPS = ("cross_attention", "linear_projector", "multi_layer_kv", "norm_residual")
 
 
@@ -125,8 +126,7 @@ CASES = {
 FAMILIES = ("owl1 masked", "owl2", "honeybee")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, backend", slow_on_kernels(CASES, ["owl1 level 1", "owl2", "honeybee"]))
 def test_against_float64_by_hand(name, backend, device):
     check_rule(CASES[name], backend, device)
 
@@ -141,8 +141,7 @@ def test_state_dict_goes_to_upstream_and_back(name):
     check_names(CASES[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["owl1 level 1", "owl2", "honeybee"])
+@pytest.mark.parametrize("name, backend", slow_on_kernels(["owl1 level 1", "owl2", "honeybee"], ["owl1 level 1"]))
 def test_autocast(name, backend, device):
     check_rule(CASES[name], backend, device, torch.bfloat16)
 

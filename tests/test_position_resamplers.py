@@ -23,6 +23,7 @@ from equations import (
     of_module,
     on_triton,
     same_in_float64,
+    slow_on_kernels,
     tokens,
 )
 from torch import nn
@@ -33,6 +34,7 @@ from vlkernels.modules import MiniCPMVResampler, OmniLMMResampler, QwenVLResampl
 from vlkernels.modules._positions import sincos_1d, sincos_2d
 from vlkernels.testing import meter
 
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 OPS = ("cross_attention", "linear_projector")
 EPS = 1e-6
 
@@ -143,8 +145,7 @@ def test_state_dict_goes_to_upstream_and_back(name):
     check_names(CASES[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, backend", slow_on_kernels(FAMILIES, ["minicpmv level 1"]))
 def test_autocast(name, backend, device):
     check_rule(CASES[name], backend, device, torch.bfloat16)
 
