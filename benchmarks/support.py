@@ -110,7 +110,7 @@ def timed(results: Path = RESULTS) -> dict[tuple[str, str, str], set[str]]:
 
 
 def gpu_records(results: Path = RESULTS) -> list[Path]:
-    return sorted(p for p in results.glob("*.json") if p.stem not in ("memory", "aot", "plans"))
+    return sorted(p for p in results.glob("*.json") if p.stem not in ("memory", "aot", "plans", "modules"))
 
 
 def support_lines(results: Path = RESULTS) -> list[str]:

@@ -16,6 +16,7 @@ from .record import NOT_AVAILABLE, RESULTS, load, rows
 from .support import gpu_records, support_lines
 
 NOT_MEASURED = "not yet measured"
+NO_MODULES = "not counted yet: `python -m benchmarks.modules`"
 NOT_COUNTED = "not counted yet: `python -m benchmarks.plans`"
 COLUMNS = (
     "peft", "eager", "compile", "triton", "triton two_source", "triton packed", "cuda", "cuda two_source", "unsloth",
@@ -284,14 +285,57 @@ def _measured(by_mode: dict[str, dict]) -> str:
     return f"{times}, {_ratio(both['ratio_floor'])} of floor ({both['device']})"
 
 
+# -- modules -------------------------------------------------------------------------------------------------------
+
+
+def module_lines(record: dict) -> list[str]:
+    """Resampler and Q-Former at published sizes."""
+    names = {"resampler": "OpenFlamingo's resampler"} | {
+        f"qformer, {d}": f"BLIP-2's Q-Former, {d}" for d in record["qformer"]
+    }
+    found = {"resampler": record["resampler"]} | {f"qformer, {d}": figures for d, figures in record["qformer"].items()}
+    body = []
+    for key, versions in found.items():
+        for f in versions:
+            (one, each), (of_one, of_each) = f["saved"], f["of"]
+            body.append([
+                names[key], f["version"], f"{one:.2f} ({of_one:.3f})", f"{each:.2f} ({of_each:.3f})",
+                _ratio(f["flops"], 3), "-" if f["launches"] is None else " + ".join(map(str, f["launches"])),
+            ])  # fmt: skip
+    head = (
+        "module", "version", "saved of one image, MiB (of eager)", f"of each of {record['batch']}", "FLOPs of eager",
+        "launches",
+    )  # fmt: skip
+    unsplit = record["resampler forward launches, unsplit"]
+    stage1 = ", ".join(f"{ratio:.3f} with {name}" for name, ratio in record["stage1"].items())
+    return [
+        *table(head, body),
+        "",
+        "bf16, published sizes, x frozen and not counted, a GPU's fused dropout; FLOPs and launches of one image, "
+        "forward + backward, the Q-Former's of two layers. Where a batch fills the device the resampler's forward has "
+        f"{unsplit['level 0']} launches, eager's {unsplit['eager']}. BLIP-2's stage 1, FLOPs of a step over LAVIS': "
+        f"{stage1}. `python -m benchmarks.modules`.",
+    ]
+
+
+def layer_lines(record: dict) -> list[str]:
+    """A Llama layer with LoRA on its seven linears."""
+    body = [[f["version"], f"{f['saved_kb']:.0f}", str(f["launches"])] for f in record["layer"]]
+    return table(("Llama-7B's layer, r = 128", "saved, KB a token", "launches"), body)
+
+
 def sections(results: Path = RESULTS) -> dict[str, list[str]]:
     """What stands between the markers, by marker name."""
+    path = results / "modules.json"
+    modules = json.loads(path.read_text()) if path.exists() else None
     path = results / "memory.json"
     memory = json.loads(path.read_text()) if path.exists() else None
     counted = results / "plans.json"
     return {
         "support": support_lines(results),
         "memory": memory_lines(memory) if memory else ["not counted yet: `python -m benchmarks.memory`"],
+        "modules": module_lines(modules) if modules else [NO_MODULES],
+        "layer": layer_lines(modules) if modules else [NO_MODULES],
         "speed": readme_speed_lines(results),
         "ladder": ladder_lines(memory, results) if memory else [NOT_MEASURED],
         "plans": plan_lines(json.loads(counted.read_text())) if counted.exists() else [NOT_COUNTED],

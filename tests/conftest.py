@@ -44,6 +44,15 @@ def poisoned():
 
 
 @pytest.fixture
+def on_the_reference():
+    """Where a test names no backend: its subject is the module, not the kernels."""
+    from vlkernels import use_backend
+
+    with use_backend("reference"):
+        yield
+
+
+@pytest.fixture
 def device() -> str:
     return os.environ["VLKERNELS_TEST_DEVICE"]
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equations import (
-    BACKENDS,
     Variant,
     attention,
     by_hand,
@@ -24,6 +23,7 @@ from equations import (
     on_triton,
     randomised,
     same_in_float64,
+    slow_on_kernels,
     tokens,
 )
 
@@ -32,6 +32,7 @@ from vlkernels.modules import HoneybeeResampler, MPLUGOwl2Abstractor, MPLUGOwlAb
 from vlkernels.modules._positions import sincos_1d, sincos_2d
 from vlkernels.modules.abstractor import AbstractorLayer
 
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 OPS = ("cross_attention", "linear_projector", "multi_layer_kv", "norm_residual")
 
 
@@ -125,8 +126,7 @@ CASES = {
 FAMILIES = ("owl1 masked", "owl2", "honeybee")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, backend", slow_on_kernels(CASES, ["owl1 level 1", "owl2", "honeybee"]))
 def test_against_float64_by_hand(name, backend, device):
     check_rule(CASES[name], backend, device)
 
@@ -141,8 +141,7 @@ def test_state_dict_goes_to_upstream_and_back(name):
     check_names(CASES[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["owl1 level 1", "owl2", "honeybee"])
+@pytest.mark.parametrize("name, backend", slow_on_kernels(["owl1 level 1", "owl2", "honeybee"], ["owl1 level 1"]))
 def test_autocast(name, backend, device):
     check_rule(CASES[name], backend, device, torch.bfloat16)
 
@@ -253,7 +252,7 @@ def test_a_checkpoint_may_hold_any_position_table(level, how):
         state = module.state_dict()
         state["layers.1.k_pos_embed"] = table
         module.load_state_dict(state)
-        assert not module.layers[1]._on_grid and module.layers[0]._on_grid
+        assert not module.layers[1].on_grid() and module.layers[0].on_grid()
     else:
         module.layers[1].k_pos_embed.copy_(table)
     with backends.record() as calls:
@@ -280,8 +279,9 @@ def test_level_1_keeps_no_keys_and_values(device):
             y = module(torch.randn(B, N, D, device=device))
         saved[level] = sum(sizes.values())
         del y
-    weights = L * 2 * D * (D + 14)  # with the grid's columns: level 1 packs them in each layer, level 0 once
-    assert saved[0] - saved[1] >= L * B * N * 2 * D - weights
+    packed = L * 2 * D * (D + 14)  # level 0: with the norm and the grid's columns; level 1 joins the parts again
+    columns = L * 14 * D
+    assert saved[0] - saved[1] >= L * B * N * 2 * D + packed - columns
 
 
 def test_an_old_checkpoint_with_a_position_for_cls():
@@ -343,8 +343,14 @@ def call(module, *args):
         (lambda: HoneybeeResampler(9, 14, 18, 16, 5, 2, 2, 20, num_eos_tokens=-1), "num_eos_tokens -1"),
         (lambda: call(CASES["owl1"].make(), torch.randn(2, 10, 15)), r"x has shape \(2, 10, 15\); .* C = 16"),
         (lambda: call(CASES["owl1"].make(), torch.randn(10, 16)), r"accepted: \(B, N, C\)"),
-        (lambda: call(CASES["owl1"].make(), torch.randn(2, 10, 16), torch.ones(2, 9)), r"mask has shape \(2, 9\)"),
-        (lambda: call(CASES["owl1"].make(), torch.randn(2, 10, 16), torch.ones(3, 10)), r"mask has shape \(3, 10\)"),
+        (
+            lambda: call(CASES["owl1"].make(), torch.randn(2, 10, 16), torch.ones(2, 9)),
+            r"mask is .* \(2, 9\)",
+        ),
+        (
+            lambda: call(CASES["owl1"].make(), torch.randn(2, 10, 16), torch.ones(3, 10)),
+            r"mask is .* \(3, 10\)",
+        ),
         (lambda: call(CASES["owl2"].make(), torch.randn(2, 9, 16)), r"x has 9 tokens; accepted: 3 x 3 \+ CLS = 10"),
         (lambda: call(CASES["honeybee"].make(), torch.randn(2, 10, 14)), "x has 10 tokens; accepted: the 9 rows"),
         (lambda: call(CASES["honeybee"].make(), torch.randn(2, 9, 16)), "with C = 14"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.upstream import lavis_stage1
 from vlkernels import use_backend
 from vlkernels.integrations.checkpoints import to_ours, to_upstream
 from vlkernels.modules import (
@@ -19,7 +20,6 @@ from vlkernels.modules import (
     SpeechProjector,
     VideoLlamaConnector,
 )
-from vlkernels.testing import meter
 from vlkernels.testing.compare import ulp
 
 B, M, T, N, C, D, H, V = 3, 5, 6, 9, 20, 16, 2, 23
@@ -219,45 +219,6 @@ def pairs():
     return x, ids.masked_fill(keep == 0, 0), keep
 
 
-def lavis(module: Blip2Stage1, x, ids, keep, negatives, seen=None, image_ids=None):
-    """LAVIS' forward, step by step, for drawn negatives: images gathered, projected once more in each pass."""
-    q, queries = module.qformer, module.query_tokens
-    image = layer_norm(module.ln_vision, x)
-    first = q(queries.expand(B, -1, -1), image, image_mask=seen, use_cache=True)
-    image_feats = F.normalize(module.vision_proj(first.queries), dim=-1)
-    text_feat = F.normalize(module.text_proj(q(input_ids=ids, attention_mask=keep).text[:, 0]), dim=-1)
-    sim_q2t = torch.matmul(image_feats.unsqueeze(1), text_feat.unsqueeze(-1)).squeeze(-1)
-    sim_i2t = sim_q2t.max(-1)[0] / module.temp
-    sim_t2q = torch.matmul(text_feat.unsqueeze(1).unsqueeze(1), image_feats.permute(0, 2, 1)).squeeze(2)
-    sim_t2i = sim_t2q.max(-1)[0] / module.temp
-    if image_ids is None:
-        targets = torch.arange(B, device=x.device)
-        loss_itc = sum(F.cross_entropy(sim, targets, label_smoothing=0.1) for sim in (sim_i2t, sim_t2i)) / 2
-    else:
-        same = (image_ids[:, None] == image_ids[None]).double()
-        targets = 0.9 * same / same.sum(1, keepdim=True) + 0.1 / B
-        loss_itc = sum(-(F.log_softmax(sim, 1) * targets).sum(1).mean() for sim in (sim_i2t, sim_t2i)) / 2
-    images, texts = negatives
-    all_ids = torch.cat((ids, ids, torch.stack([ids[int(t)] for t in texts])))
-    all_keep = torch.cat((keep, keep, torch.stack([keep[int(t)] for t in texts])))
-    all_images = torch.cat((image, torch.stack([image[int(i)] for i in images]), image))
-    all_seen = None if seen is None else torch.cat((seen, seen[images], seen))
-    matched = q(queries.expand(3 * B, -1, -1), all_images, all_ids, all_keep, all_seen).hidden[:, :M]
-    logits = module.itm_head(matched).mean(1)
-    labels = torch.cat((ids.new_ones(B), ids.new_zeros(2 * B)))
-    decoded = ids.clone()
-    decoded[:, 0] = module.bos_token_id
-    scores = q.lm_logits(q(input_ids=decoded, attention_mask=keep, cache=first.cache).text)
-    targets = decoded.masked_fill(decoded == 0, -100)[:, 1:]
-    loss_lm = F.cross_entropy(scores[:, :-1].reshape(-1, V), targets.reshape(-1), label_smoothing=0.1)
-    loss_itm = F.cross_entropy(logits, labels)
-    return {
-        "loss": loss_itc + loss_itm + loss_lm, "loss_itc": loss_itc, "loss_itm": loss_itm, "loss_lm": loss_lm,
-        "sim_i2t": sim_i2t, "sim_t2i": sim_t2i, "itm_logits": logits, "lm_logits": scores[:, :-1],
-        "image_feats": image_feats, "text_feats": text_feat,
-    }  # fmt: skip
-
-
 def stage1(**options):
     return randomised(Blip2Stage1(qformer(text=True, **options), M, 7, bos_token_id=V - 1))
 
@@ -272,7 +233,7 @@ def test_stage1_is_lavis(masked, grouped, level):
     seen = seen if masked else None
     image_ids = torch.tensor([4, 9, 4]) if grouped else None
     got = module(x, ids, keep, seen, image_ids)
-    expected = lavis(module, x, ids, keep, got.negatives, seen, image_ids)
+    expected = lavis_stage1(module, x, ids, keep, got.negatives, seen, image_ids)
     for name, value in expected.items():
         close64(getattr(got, name), value)
     leaves = dict(module.named_parameters()) | {"x": x}
@@ -310,26 +271,3 @@ def test_stage1_does_not_wait_for_the_device():
     found = module(torch.zeros(B, N, C, device="meta"), ids, torch.ones_like(ids))
     found.loss.backward()
     assert found.loss.device.type == "meta" and found.itm_logits.shape == (3 * B, 2)
-
-
-def step_flops(call) -> int:
-    with meter.traffic() as traffic:
-        call().backward()
-    return traffic.flops
-
-
-def test_stage1_flops(monkeypatch):
-    """At LAVIS' sizes: 12 layers of 768, 257 x 1408 image tokens, 32 queries and 32 words; counted on meta tensors."""
-    for name, value in {"B": 2, "M": 32, "V": 30523}.items():
-        monkeypatch.setitem(globals(), name, value)
-    options = {"vocab_size": V, "lm_head": True, "hidden_dropout": 0.0, "attention_dropout": 0.0, "device": "meta"}
-    module = Blip2Stage1(QFormer(**options), device="meta")
-    ids = torch.zeros(B, 32, dtype=torch.long, device="meta")
-    rows = torch.zeros(B, dtype=torch.long)
-    for trained, most in ((True, 0.76), (False, 0.80)):
-        # with a trained vision norm; without one the keys' and values' product has no gradient of its input
-        module.ln_vision.requires_grad_(trained)
-        x = torch.zeros(B, 257, 1408, device="meta")
-        ours = step_flops(lambda x=x: module(x, ids, torch.ones_like(ids)).loss)
-        theirs = step_flops(lambda x=x: lavis(module, x, ids, torch.ones_like(ids), (rows, rows))["loss"])
-        assert 0.5 * theirs < ours <= most * theirs, ours / theirs

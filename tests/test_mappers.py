@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equations import (
-    BACKENDS,
     Variant,
     attention,
     check_checkpointing,
@@ -22,6 +21,7 @@ from equations import (
     on_triton,
     randomised,
     same_in_float64,
+    slow_on_kernels,
     tokens,
 )
 from torch import nn
@@ -32,6 +32,7 @@ from vlkernels.integrations.checkpoints import to_ours, to_upstream
 from vlkernels.modules import ESPERMLP, ClipCapMLP, ClipCapTransformer, MAPLMapper, MetaMapper, VisualQuery
 from vlkernels.modules._block import SelfAttentionBlock
 
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 BLOCKS = ("cross_attention", "linear_projector", "mlp_projector")
 
 
@@ -155,8 +156,7 @@ CASES = {
 FAMILIES = ("clipcap", "mapl", "visual query", "meta")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, backend", slow_on_kernels(CASES, ["clipcap level 1", "mapl", "visual query", "meta"]))
 def test_against_float64_by_hand(name, backend, device):
     if backend == "triton" and not CASES[name].ops:
         pytest.skip("no op runs in it")
@@ -173,8 +173,7 @@ def test_state_dict_goes_to_upstream_and_back(name):
     check_names(CASES[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, backend", slow_on_kernels(FAMILIES, ["mapl"]))
 def test_autocast(name, backend, device):
     check_rule(CASES[name], backend, device, torch.bfloat16)
 
@@ -185,6 +184,7 @@ def test_compiles_in_one_graph(name, device):
 
 
 @on_triton
+@pytest.mark.slow
 def test_compiles_in_one_graph_with_kernels(device):
     check_one_graph(CASES["meta"], "triton", device)
 

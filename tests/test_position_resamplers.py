@@ -23,6 +23,7 @@ from equations import (
     of_module,
     on_triton,
     same_in_float64,
+    slow_on_kernels,
     tokens,
 )
 from torch import nn
@@ -31,7 +32,9 @@ from vlkernels import use_backend
 from vlkernels.integrations.checkpoints import to_upstream
 from vlkernels.modules import MiniCPMVResampler, OmniLMMResampler, QwenVLResampler
 from vlkernels.modules._positions import sincos_1d, sincos_2d
+from vlkernels.testing import meter
 
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 OPS = ("cross_attention", "linear_projector")
 EPS = 1e-6
 
@@ -111,16 +114,19 @@ CASES = {
     "qwen one width, head dim 6": Variant(QWEN, lambda: QwenVLResampler(2, 12, 2), qwen(2), tokens(2, 4, 12), OPS),
     "qwen up, head dim 10": Variant(QWEN, lambda: QwenVLResampler(3, 20, 2, 12), qwen(2), tokens(3, 25, 12), OPS),
     "qwen down": Variant(QWEN, lambda: QwenVLResampler(5, 16, 4, 12), qwen(4), tokens(2, 9, 12), OPS),
+    "qwen level 1": Variant(QWEN, lambda: QwenVLResampler(3, 20, 2, 12, level=1), qwen(2), tokens(3, 25, 12), OPS),
     "qwen mask": Variant(QWEN, lambda: QwenVLResampler(3, 16, 2, 12), qwen(2), with_mask(9, 36), OPS),
     "omnilmm": Variant(OMNI, lambda: OmniLMMResampler(2, 24, 3, 12), qwen(3, ""), tokens(2, 16, 12), OPS),
     "minicpmv": Variant(CPM, lambda: MiniCPMVResampler(5, 16, 2, 12, max_size=(4, 6)), minicpmv(2),
                         images((3, 4), (2, 5), (1, 1)), OPS),
+    "minicpmv level 1": Variant(CPM, lambda: MiniCPMVResampler(5, 16, 2, 12, max_size=(4, 6), level=1), minicpmv(2),
+                                images((3, 4), (2, 5), (1, 1)), OPS),
     "minicpmv one size": Variant(CPM, lambda: MiniCPMVResampler(4, 12, 2, max_size=(4, 6)), minicpmv(2),
                                  images((2, 5), (2, 5)), OPS),
     "minicpmv grows, more padding": Variant(CPM, lambda: MiniCPMVResampler(4, 20, 2, 12, max_size=(2, 2)), minicpmv(2),
                                             images((3, 4), (2, 7), N=17), OPS),
 }  # fmt: skip
-FAMILIES = ("qwen up, head dim 10", "minicpmv")
+FAMILIES = ("qwen up, head dim 10", "minicpmv level 1")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,15 +145,14 @@ def test_state_dict_goes_to_upstream_and_back(name):
     check_names(CASES[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, backend", slow_on_kernels(FAMILIES, ["minicpmv level 1"]))
 def test_autocast(name, backend, device):
     check_rule(CASES[name], backend, device, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["qwen", "qwen mask", "minicpmv"])
+@pytest.mark.parametrize("name", ["qwen", "qwen mask", "minicpmv level 1"])
 def test_compiles_in_one_graph(name, device):
-    sizes = ([(3, 4), (2, 5), (1, 1)],) if name == "minicpmv" else ()
+    sizes = ([(3, 4), (2, 5), (1, 1)],) if name == "minicpmv level 1" else ()
     # torch decomposes the bicubic interpolation into other sums
     check_one_graph(CASES[name], "reference", device, *sizes, bits=name != "qwen mask")
 
@@ -185,6 +190,41 @@ def test_the_attention_itself_may_be_hooked_or_replaced(name):
 
     module.attn.__class__ = Own
     assert not torch.equal(module(*inputs), exact["y"])
+
+
+# -- levels --------------------------------------------------------------------------------------------------------
+
+
+@on_triton
+def test_level_1_keeps_no_keys_and_values():
+    """Per token: level 0 what kv_proj gives, keys and values, level 1 the first alone and the two ones of its place."""
+    B, N, D = 2, 36, 16
+    apart = {}
+    for level in (0, 1):
+        module = QwenVLResampler(6, D, 2, 12, level=level)
+        x = torch.randn(B, N, 12)
+        with use_backend("triton"):
+            apart[level] = meter.saved_bytes(lambda x=x, m=module: m(x), [x, *module.parameters()])
+    places = N * 16 + 16 * D  # 12 ones-or-zeros a token, of rows of 16; what their weights are, once
+    assert apart[0] - apart[1] >= 4 * (2 * B * N * D - places)
+
+
+def test_level_1_with_a_table_of_no_grid_keeps_the_keys():
+    module = made(CASES["qwen level 1"])[0].double()
+    x = torch.randn(2, 16, 12, dtype=torch.float64)
+    assert module._on_grid()
+    with torch.no_grad():
+        module.pos_embed[1, 3] += 1
+    twin = QwenVLResampler(3, 20, 2, 12).double()
+    twin.load_state_dict(module.state_dict())
+    assert not module._on_grid() and torch.equal(module(x), twin(x))
+    fresh = QwenVLResampler(3, 20, 2, 12, level=1).double()
+    for table in (fresh.pos_embed, module.pos_embed, twin.pos_embed):
+        table.requires_grad_()
+    with torch.no_grad():
+        twin.load_state_dict(fresh.state_dict())
+    grads = [torch.autograd.grad(m(x).sum(), m.pos_embed)[0] for m in (fresh, twin)]
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
 # -- positions -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from qformer_by_hand import (
     H,
     M,
     V,
-    assert_beside,
     attend,
     close64,
     data,
@@ -35,7 +34,7 @@ from vlkernels.integrations.checkpoints import to_ours, to_upstream
 from vlkernels.modules import QFormer
 from vlkernels.modules.qformer import LOWEST
 from vlkernels.testing import meter
-from vlkernels.testing.compare import beside, ulp
+from vlkernels.testing.compare import SEEDS, assert_model, beside, ulp
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +68,7 @@ def test_against_float64_by_hand(mode, level, masked, backend, device, poisoned)
         [hand_gradients(hand, module, drawn, dtype, value) for dtype in (torch.float32, torch.float64)]
         for drawn in draws
     ]
-    assert_beside(got, *pairs[0], others=pairs[1:])
+    assert_model(got, pairs)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -249,8 +248,11 @@ def test_beside_transformers(name, dtype, backend, device):
 
     with use_backend(backend):
         got = run(own, module, dtype)
-    usual = run(hf, theirs, dtype)
-    assert_beside(got, usual, run(hf, copy.deepcopy(theirs).double(), torch.float64))
+    draws, wide = [], copy.deepcopy(theirs).double()
+    for draw in SEEDS:
+        inputs = data(device, dtype) if draw else inputs
+        draws.append((run(hf, theirs, dtype), run(hf, wide, torch.float64)))
+    assert_model(got, draws)
 
 
 def test_transformers_checkpoints_load_strictly_and_go_back():

@@ -9,7 +9,6 @@ from qformer_by_hand import (
     LAVIS,
     SLOW_BACKENDS,
     D,
-    assert_beside,
     data,
     gradients,
     make,
@@ -20,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlkernels import use_backend
 from vlkernels.modules import QFormer
-from vlkernels.testing import meter
-from vlkernels.testing.compare import beside, ulp
+from vlkernels.testing.compare import SEEDS, assert_model, beside, ulp
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +72,7 @@ def test_hidden_dropout_acts_on_each_branch():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend, device):
-    module, (x, queries, ids, keep, seen) = make(lm_head=True).to(device), data(device)
+    module, (x, queries, ids, keep, seen) = make(layers=1, lm_head=True).to(device), data(device)
     leaves = dict(module.named_parameters())
 
     def run():
@@ -84,22 +82,22 @@ def test_autocast(backend, device):
     with use_backend(backend):
         got = gradients(run(), leaves)
 
-    def by_torch():
-        """The children one after the other, as upstream under the same autocast."""
-        plain = copy.deepcopy(module)
-        for child in list(plain.modules()):
-            if isinstance(child, (nn.Linear, nn.LayerNorm)):
-                child.register_forward_hook(lambda *_: None)
-        with torch.autocast(device, torch.bfloat16):
-            y = plain(queries, x, ids, keep, seen).hidden
-        return gradients(y, dict(plain.named_parameters()))
-
-    with use_backend("reference"):
-        usual = by_torch()
-    assert got["y"].dtype == usual["y"].dtype == torch.float32
-    exact = copy.deepcopy(module).double()
-    truth = gradients(exact(queries.double(), x.double(), ids, keep, seen).hidden, dict(exact.named_parameters()))
-    assert_beside(got, usual, truth, torch.bfloat16)
+    # the children one after the other, as upstream under the same autocast
+    plain, wide = copy.deepcopy(module), copy.deepcopy(module).double()
+    for child in list(plain.modules()):
+        if isinstance(child, (nn.Linear, nn.LayerNorm)):
+            child.register_forward_hook(lambda *_: None)
+    draws = []
+    for draw in SEEDS:
+        if draw:
+            x, queries, ids, keep, seen = data(device)
+        with use_backend("reference"):
+            with torch.autocast(device, torch.bfloat16):
+                y = plain(queries, x, ids, keep, seen).hidden
+            usual = gradients(y, dict(plain.named_parameters()))
+            truth = wide(queries.double(), x.double(), ids, keep, seen).hidden
+        draws.append((usual, gradients(truth, dict(wide.named_parameters()))))
+    assert_model(got, draws, torch.bfloat16)
 
 
 @pytest.mark.parametrize("text, backend", [
@@ -237,35 +235,15 @@ def test_a_lora_on_a_child():
 # -- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def saved_per_image(call, parameters) -> int:
-    """What one image more adds: the packed weights are there once."""
-    images = [torch.randn(n, 33, 176, dtype=torch.bfloat16) for n in (1, 2)]
-    few, more = (meter.saved_bytes(lambda x=x: call(x), [x, *parameters]) for x in images)
-    return more - few
-
-
-@on_triton
 @pytest.mark.parametrize("level, dropout, most", [(0, 0.1, 0.62), (1, 0.1, 0.40), (0, 0.0, 0.68), (1, 0.0, 0.40)])
 def test_saved_bytes_beside_transformers(level, dropout, most):
-    """BLIP-2's proportions at an eighth: 4 queries of 96, 12 heads, 33 tokens of 176, two layers of the twelve."""
+    """What one image more adds at BLIP-2's published size, on meta tensors."""
     pytest.importorskip("transformers")
-    from transformers import Blip2QFormerConfig
-    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+    from benchmarks.modules import blip2_qformer, saved
 
-    config = Blip2QFormerConfig(
-        hidden_size=96, num_hidden_layers=2, num_attention_heads=12, intermediate_size=384, encoder_hidden_size=176,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation="eager",
-    )  # fmt: skip
-    theirs = Blip2QFormerModel(config).bfloat16().train()
-    module = QFormer(96, 2, 12, 384, 2, 176, hidden_dropout=dropout, attention_dropout=dropout, level=level).bfloat16()
-    queries = nn.Parameter(torch.randn(1, 4, 96, dtype=torch.bfloat16))
-    usual = saved_per_image(
-        lambda x: theirs(query_embeds=queries.expand(len(x), -1, -1), encoder_hidden_states=x)[0],
-        [queries, *theirs.parameters()],
-    )
-    with use_backend("triton"):
-        ours = saved_per_image(lambda x: module(queries, x).queries, [queries, *module.parameters()])
-    assert ours <= most * usual, ours / usual
+    (_, eager), *ours = blip2_qformer(dropout)
+    usual, got = (saved(*make("meta"), shape=(257, 1408))[1] for make in (eager, ours[level][1]))
+    assert got <= most * usual, got / usual
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from vlkernels.testing import compare, meter
 pytest.importorskip("transformers")
 
 torch.set_num_threads(1)
-DRAWS = range(2)
 interpreted = pytest.mark.skipif(not meter._tl.INTERPRETED.value, reason="runs in the interpreter")
 
 
@@ -83,10 +82,9 @@ def inputs(dtype=torch.float32, seed=2):
 def judged(kind: str, name: str, low: bool) -> bool:
     """Whether two computations of a gradient can be told apart by their rounding.
 
-    The shift of all keys leaves the softmax as it is: that gradient is 0 and what is computed is noise. In 16 bits a
-    ReLU's input near 0 changes its sign by rounding, and with it whole gradients, on either side.
+    In 16 bits a ReLU's input near 0 changes its sign by rounding, and with it whole gradients, on either side.
     """
-    return not name.endswith("k_layer_norm.bias") and (name == "y" or not (low and kind.startswith("idefics ")))
+    return name == "y" or not (low and kind.startswith("idefics "))
 
 
 @interpreted
@@ -95,32 +93,20 @@ def judged(kind: str, name: str, low: bool) -> bool:
     "dtype, autocast", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)]
 )
 def test_rule(kind, dtype, autocast):
-    """Outputs and gradients on the kernels beside stock, in the same dtypes.
-
-    Root mean square errors over two draws: with 40 tensors the largest error of some is a matter of luck.
-    """
-    ours, usual, scale = {}, {}, {}
-    for seed in DRAWS:
+    """Outputs and gradients on the kernels beside stock, in the same dtypes."""
+    draws = []
+    for seed in compare.SEEDS:
         model, call = made(kind, dtype, seed)
         x = inputs(dtype, seed)
-        stock = step(model, call, x, autocast)
-        exact = step(copy.deepcopy(model).double(), call, x.double())
-        assert vlkernels.swap(model, strict=True).swapped[0] == ""
-        with vlkernels.use_backend("triton"), meter.launches() as counts:
-            got = step(model, call, x, autocast)
-        backward = "cross_attention_bwd_dq_kernel" if kind == "idefics2" else "cross_attention_bwd_kernel"
-        assert counts["cross_attention_fwd_kernel"] and counts[backward]
-        for name, truth in exact.items():
-            assert got[name].dtype == stock[name].dtype
-            for found, t in ((ours, got), (usual, stock)):
-                found[name] = found.get(name, 0.0) + float((t[name].double() - truth).square().mean()) / len(
-                    compare.SEEDS
-                )
-            scale[name] = max(scale.get(name, 0.0), float(truth.abs().max()))
-    for name, error in ours.items():
-        if judged(kind, name, torch.bfloat16 in (dtype, autocast)):
-            limit = 2 * usual[name] ** 0.5 + compare.ulp(scale[name], autocast or dtype)
-            assert error**0.5 <= limit, f"{name}: {error**0.5:.3g}, limit {limit:.3g} (stock {usual[name] ** 0.5:.3g})"
+        draws.append((step(model, call, x, autocast), step(copy.deepcopy(model).double(), call, x.double())))
+    model, call = made(kind, dtype, 0)
+    assert vlkernels.swap(model, strict=True).swapped[0] == ""
+    with vlkernels.use_backend("triton"), meter.launches() as counts:
+        got = step(model, call, inputs(dtype, 0), autocast)
+    backward = "cross_attention_bwd_dq_kernel" if kind == "idefics2" else "cross_attention_bwd_kernel"
+    assert counts["cross_attention_fwd_kernel"] and counts[backward]
+    low = torch.bfloat16 in (dtype, autocast)
+    compare.assert_model(got, draws, autocast or dtype, lambda name: judged(kind, name, low))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +151,7 @@ def test_falls_back(kind):
 
 
 @interpreted
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [n if n == "kosmos2" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
 def test_copies(kind):
     """deepcopy and pickle after a call: the copy has views of its own, and trains apart."""
     model, call = made(kind)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from . import _library, backends
+from . import _autocast, _library, backends
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -47,8 +47,9 @@ class Op:
         argument that can get a gradient must be among them (its shape is needed); a parameter costs nothing there.
     like: arguments that are not kept: their gradient has shape and dtype of the gradient of output number like[name].
         Where the reference's `direct(**others)` names them, it is that very gradient, without a copy.
-    parts: argument -> the argument that lists the tensors whose concatenation it is. Where that list is not empty, they
-        are kept for backward and joined again there; they get no gradient by themselves.
+    parts: argument -> the argument that lists the tensors that it is made of: their concatenation, or what the
+        reference's `joined(argument, tensors, others)` says. Where that list is not empty, they are kept for backward
+        and joined again there; they get no gradient by themselves.
     """
 
     def __init__(
@@ -98,12 +99,9 @@ class Op:
             raise TypeError(
                 f"{self.name} got {unknown[0]!r} twice or does not know it; it takes {', '.join(self.names)}"
             )
-        if "dtype" in self.types and isinstance(values[0], Tensor):
-            device = values[0].device.type
-            # as torch's own autocast: float64 is left alone, and meta tensors have none
-            available = torch.amp.is_autocast_available(device)
-            if available and torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
-                values[self.names.index("dtype")] = torch.get_autocast_dtype(device)
+        known = "dtype" in self.types and isinstance(values[0], Tensor)
+        if known and (dtype := _autocast.compute_dtype(values[0])) is not None:
+            values[self.names.index("dtype")] = dtype
         return self.reference.check(*values)
 
     def __call__(self, *args, backend: str | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
@@ -149,12 +147,13 @@ class Op:
 
     def _forward(self, *values_and_backend):
         *values, backend = values_and_backend
-        with _autocast_off(values[0]):
+        # kernels choose their dtypes themselves; a product inside an operator's body would be autocast once more
+        with _autocast.off(values[0]):
             return _single(self.kernels[backend].forward(*values))
 
     def _fake(self, *values_and_backend):
         *values, _ = values_and_backend
-        with _autocast_off(values[0]):
+        with _autocast.off(values[0]):
             # a reference of many steps says its shapes apart
             out = getattr(self.reference, "shapes", self.reference.forward)(*values)
         outputs = (out,) if self.outputs == 1 else tuple(out)
@@ -190,9 +189,16 @@ class Op:
         if not any(needs):
             return (*none.values(), None)
         kept = iter(ctx.saved_tensors)
-        saved = [next(kept) if not n else torch.cat([next(kept).detach() for _ in range(n)]) for n in ctx.pieces]
+        saved = [
+            self._joined(name, [next(kept).detach() for _ in range(n)], ctx.others) if n else next(kept)
+            for name, n in zip(self.saves, ctx.pieces, strict=True)
+        ]
         results = iter(self._backward_operator(*grads, *saved, *ctx.others, needs, ctx.backend))
         return (*(next(results) if need else none[n] for n, need in zip(self.names, needs, strict=True)), None)
+
+    def _joined(self, name: str, pieces: list[Tensor], others: tuple) -> Tensor:
+        join = getattr(self.reference, "joined", None)
+        return torch.cat(pieces) if join is None else join(name, pieces, dict(zip(self.others, others, strict=True)))
 
     def _backward(self, *values):
         *values, needs, backend = values
@@ -200,7 +206,7 @@ class Op:
         saved = dict(zip(self.saves, saved, strict=True))
         needed = dict(zip(self.names, needs, strict=True))
         others = dict(zip(self.others, values[self.outputs + len(self.saves) :], strict=True))
-        with _autocast_off(saved[self.saves[0]]):
+        with _autocast.off(saved[self.saves[0]]):
             results = self.kernels[backend].backward(*grads, saved=saved, needs=needed, **others)
         return [results[name] for name, need in needed.items() if need]
 
@@ -229,11 +235,6 @@ def _single(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
 
 def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else results
-
-
-def _autocast_off(x: Tensor):
-    """Kernels choose their dtypes themselves; a product inside an operator's body would be autocast once more."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _kernel_module(module: str, backend: str) -> types.ModuleType | str:

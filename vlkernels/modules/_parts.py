@@ -14,17 +14,53 @@ from ..ops.mlp_projector import mlp_projector
 from ._children import child_problem
 
 
-def plain(*children: nn.Module) -> bool:
-    """The ops may read the children's parameters themselves."""
-    return all(child_problem("child", child, (nn.Linear, nn.LayerNorm)) is None for child in children)
+def plain(
+    *children: nn.Module | None,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm),
+    bias: bool | None = None,
+) -> bool:
+    """The ops may read the children's parameters themselves: each is None or one of `kinds` and no more than that.
+
+    bias: whether all linears must have a bias, or none; None: each as it likes.
+    """
+    return all(
+        child is None
+        or (
+            child_problem("child", child, kinds) is None
+            and (bias is None or type(child) is not nn.Linear or (child.bias is not None) == bias)
+        )
+        for child in children
+    )
 
 
-def norm_options(norm: nn.LayerNorm | nn.RMSNorm | None) -> dict:
-    """The arguments of an op that does the norm itself; none of them without a norm."""
+def norm_options(norm: nn.LayerNorm | nn.RMSNorm | None, weight: str = "norm_weight", bias: str = "norm_bias") -> dict:
+    """The arguments of an op that does the norm itself, its scale and shift under the names that the op gives them."""
     if norm is None:
-        return {}
+        return {"norm": "none"}
     kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
-    return {"norm": kind, "eps": norm.eps, "norm_weight": norm.weight, "norm_bias": getattr(norm, "bias", None)}
+    return {"norm": kind, "eps": norm.eps, weight: norm.weight, bias: getattr(norm, "bias", None)}
+
+
+def as_bool(
+    name: str, mask: Tensor | None, shape: Sequence[int], *, axes: int = 0, floats: bool = False
+) -> Tensor | None:
+    """The mask as bool, nonzero = visible; its first axis may be 1 where all axes are asked for.
+
+    shape: what it must have. axes: it may also have only the first of these axes, that many at least (0: all of them).
+    floats: whether a float mask of zeros and ones is one, too.
+    """
+    if mask is None:
+        return None
+    wanted = tuple(shape[: mask.dim()])
+    fits = (axes or len(shape)) <= mask.dim() <= len(shape) and tuple(mask.shape[1:]) == wanted[1:]
+    fits = fits and (mask.shape[0] == wanted[0] or (mask.shape[0] == 1 and not axes))
+    if not fits or (mask.is_floating_point() and not floats):
+        kinds = "bool, integers or floats" if floats else "bool or integers"
+        less = " or the first axes of it" if axes else ""
+        raise ValueError(
+            f"{name} is {mask.dtype} {tuple(mask.shape)}; accepted: {kinds} {tuple(shape)}{less}, nonzero = visible"
+        )
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def projections(

@@ -15,7 +15,7 @@ from ..ops._shuffle import ACTS
 from ..ops.linear_projector import linear_projector
 from ..ops.mlp_projector import mlp_projector
 from ..ops.norm_residual import norm_residual
-from ._children import child_problem
+from ._parts import norm_options, plain
 
 
 class Stream(NamedTuple):
@@ -31,8 +31,8 @@ class Stream(NamedTuple):
 
 def under(s: Tensor, norm: nn.Module) -> Stream:
     """norm(s), left to the consumers where the norm does nothing but what its weights say."""
-    plain = child_problem("norm", norm, (nn.LayerNorm,)) is None and norm.weight is not None
-    return Stream(s, norm) if plain else Stream(norm(s))
+    known = plain(norm, kinds=(nn.LayerNorm,)) and norm.weight is not None
+    return Stream(s, norm) if known else Stream(norm(s))
 
 
 def projected(stream: Stream, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -44,8 +44,7 @@ def projected(stream: Stream, linears: Sequence[nn.Module]) -> tuple[Tensor, ...
     if linears[0].bias is not None:
         bias = joined([linear.bias for linear in linears])
     parts = [linear.weight for linear in linears] if len(linears) > 1 else ()
-    options = _norm_options(stream.norm, "norm_weight", "norm_bias")
-    y = linear_projector(stream.s, weight, bias, parts=parts, **options)
+    y = linear_projector(stream.s, weight, bias, parts=parts, **norm_options(stream.norm))
     return y.split([linear.out_features for linear in linears], -1)
 
 
@@ -53,27 +52,27 @@ def fed_forward(stream: Stream, first: nn.Module, second: nn.Module, act: str, l
     """second(act(first(x))): the branch of the feed-forward sub-layer."""
     if not (plain_linear(first) and plain_linear(second)):
         return second(ACTS[act](first(stream.settled())))
-    options = _norm_options(stream.norm, "norm_weight", "norm_bias")
     return mlp_projector(
-        stream.s, first.weight, second.weight, first.bias, second.bias, act=act, level=level, **options
+        stream.s,
+        first.weight,
+        second.weight,
+        first.bias,
+        second.bias,
+        act=act,
+        level=level,
+        **norm_options(stream.norm),
     )
 
 
 def added(stream: Stream, branch: Tensor, norm: nn.Module, p: float) -> Stream:
     """norm(x + dropout(branch)); a stream of batch 1 is repeated to branch's."""
     s = stream.s.expand(branch.shape)
-    return under(norm_residual(s, branch, p=p, **_norm_options(stream.norm, "weight", "bias")), norm)
+    return under(norm_residual(s, branch, p=p, **norm_options(stream.norm, "weight", "bias")), norm)
 
 
 def plain_linear(child: nn.Module) -> bool:
-    return child_problem("child", child, (nn.Linear,)) is None
+    return plain(child, kinds=(nn.Linear,))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _norm_options(norm: nn.LayerNorm | None, weight: str, bias: str) -> dict:
-    if norm is None:
-        return {"norm": "none"}
-    return {"norm": "layer", "eps": norm.eps, weight: norm.weight, bias: norm.bias}

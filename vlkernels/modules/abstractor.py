@@ -22,8 +22,8 @@ from ..ops.cross_attention import cross_attention
 from ..ops.linear_projector import linear_projector
 from ..ops.norm_residual import norm_residual
 from ._kv import layers_kv
-from ._parts import check_heads, check_level, check_tokens, plain, projections
-from ._position_kv import Grid, layers_kv_on_grid, separable
+from ._parts import as_bool, check_heads, check_level, check_tokens, plain, projections
+from ._position_kv import Grid, Separable, layers_kv_on_grid
 from ._positions import sincos_1d, sincos_2d
 
 
@@ -76,16 +76,11 @@ class AbstractorLayer(nn.Module):
             self.q_pos_embed.copy_(sincos_1d(torch.arange(M), width))
             table = sincos_2d(self.grid.side, self.grid.side, width).flatten(0, 1)
             self.k_pos_embed.copy_(F.pad(table, (0, 0, 1, 0)) if self.grid.cls else table)
-            self._on_grid, self._checked = True, ()
+            self._separable = Separable()
 
     def on_grid(self) -> bool:
         """Whether k_pos_embed is a row's and a column's position side by side, looked at once per change of it."""
-        table = self.k_pos_embed
-        if not torch.compiler.is_compiling() and type(table) is Tensor and not table.is_meta:
-            now = (0 if table.is_inference() else table._version, table.data_ptr(), table.dtype, table.device)
-            if now != self._checked:
-                self._on_grid, self._checked = separable(table, self.grid), now
-        return self._on_grid
+        return self._separable(self.k_pos_embed, self.grid)
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -151,7 +146,7 @@ class _Abstractor(nn.Module):
 
     def _abstract(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, M + eos, N) of x (B, N, D), mask (B, N) with nonzero = keep."""
-        mask = _as_bool(mask, x)
+        mask = as_bool("mask", mask, x.shape[:2], floats=True)
         q = self.query_tokens
         sources = self._sources(x)
         for layer in self.layers:
@@ -338,12 +333,3 @@ def _linear(width: int, out: int, **made) -> nn.Linear:
     nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _as_bool(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """(B, N), nonzero = keep, as bool."""
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape[1] != x.shape[1] or mask.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; accepted: (B, N) = {tuple(x.shape[:2])}, nonzero = keep")
-    return mask.to(torch.bool)

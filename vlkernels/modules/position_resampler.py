@@ -5,6 +5,8 @@
 with fixed two-dimensional sine/cosine positions e, of which values get none. Queries are the same for every image: they
 are computed once, with a batch of 1. (c + e_k) W_kᵀ = c W_kᵀ + e_k W_kᵀ, so that keys and values are one product with
 the norm inside, and the position's is one of the grid, not of each image.
+level 0 keeps keys and values for backward, level 1 computes them again there. The position is then a row's and a
+column's (`_position_kv.one_source`); with a table that is trained or of no such form, level 1 keeps them too.
 Survey eq. 9, whose residual, MLP and [X_v; P'] keys upstream does not have.
 """
 
@@ -19,15 +21,19 @@ from torch import Tensor, nn
 from ..ops.cross_attention import cross_attention
 from ..ops.linear_projector import linear_projector
 from ._children import child_problem
-from ._parts import check_heads, check_tokens, norm_options, packed_projection, plain
+from ._parts import check_heads, check_level, check_tokens, norm_options, packed_projection, plain
+from ._position_kv import Grid, Separable, one_source
 from ._positions import ResizedTables, sincos_2d
 
 
 class PositionResampler(nn.Module):
     """What the classes below share: parameters, and the equation above given positions and masks."""
 
-    def __init__(self, num_queries: int, embed_dim: int, num_heads: int, kv_dim: int | None, eps: float, **made):
+    def __init__(
+        self, num_queries: int, embed_dim: int, num_heads: int, kv_dim: int | None, eps: float, level: int, **made
+    ):
         super().__init__()
+        self.level = check_level(level)
         if num_queries < 1:
             raise ValueError(f"num_queries is {num_queries}; accepted: 1 or more")
         self.head_dim = check_heads("embed_dim", embed_dim, num_heads)
@@ -67,9 +73,11 @@ class PositionResampler(nn.Module):
         index: Tensor | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """x (B, N, C); k_position (P, D), of which image token t gets row t, or row index[b, t]; mask bool (B, N),
-        True = attend; bias (M, N) is added to the scores."""
+        True = attend; bias (M, N) is added to the scores. size: k_position's rows and columns, where it is a row's
+        and a column's position side by side."""
         x, attn = self.kv_proj(x), self.attn
         q = self.ln_q(self.query)
         q = q if q_position is None else q + q_position
@@ -77,15 +85,20 @@ class PositionResampler(nn.Module):
             return self._post(self._called(x, q, k_position, index, mask, bias))
         weights = attn.in_proj_weight.chunk(3)
         biases = attn.in_proj_bias.chunk(3)
-        if plain(self.ln_kv):
-            k, v = packed_projection(x, self.ln_kv, weights[1:], biases[1:], (k_position, None), index)
+        if plain(self.ln_kv) and self.level == 1 and size is not None:
+            place = torch.arange(x.shape[1], device=x.device)[None] if index is None else index
+            source = one_source(x, weights[1:], biases[1:], self.ln_kv, k_position, size, place)
+        elif plain(self.ln_kv):
+            found = packed_projection(x, self.ln_kv, weights[1:], biases[1:], (k_position, None), index)
+            source = dict(zip(("k", "v"), found, strict=True))
         else:
             c = self.ln_kv(x)
             keys = c + (k_position if index is None else k_position[index])
-            k, v = F.linear(keys, weights[1], biases[1]), F.linear(c, weights[2], biases[2])
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (F.linear(q[None], weights[0], biases[0]), k, v))
+            source = {"k": F.linear(keys, weights[1], biases[1]), "v": F.linear(c, weights[2], biases[2])}
+        heads = {n: t.unflatten(-1, (-1, self.head_dim)) if n in ("k", "v") else t for n, t in source.items()}
+        q = F.linear(q[None], weights[0], biases[0]).unflatten(-1, (-1, self.head_dim))
         p = attn.dropout if self.training else 0.0
-        y = cross_attention(q, k, v, mask=mask, bias=None if bias is None else bias[None, None], p=p)
+        y = cross_attention(q, **heads, mask=mask, bias=None if bias is None else bias[None, None], p=p)
         return self._post(attn.out_proj(y.flatten(-2)))
 
     def _called(self, x, q, k_position, index, mask, bias) -> Tensor:
@@ -104,7 +117,8 @@ class PositionResampler(nn.Module):
         return linear_projector(y, self.proj.t(), **norm_options(self.ln_post))
 
     def extra_repr(self) -> str:
-        return f"{self.num_queries} queries, {self.kv_dim} -> {self.embed_dim}, num_heads={self.num_heads}"
+        sizes = f"{self.num_queries} queries, {self.kv_dim} -> {self.embed_dim}"
+        return f"{sizes}, num_heads={self.num_heads}, level={self.level}"
 
 
 class QwenVLResampler(PositionResampler):
@@ -128,16 +142,17 @@ class QwenVLResampler(PositionResampler):
         kv_dim: int | None = None,
         *,
         eps: float = 1e-6,
+        level: int = 0,
         device=None,
         dtype=None,
     ):
         made = {"device": device, "dtype": dtype}
         if grid_size < 1:
             raise ValueError(f"grid_size is {grid_size}; accepted: 1 or more")
-        super().__init__(grid_size**2, embed_dim, num_heads, kv_dim, eps, **made)
+        super().__init__(grid_size**2, embed_dim, num_heads, kv_dim, eps, level, **made)
         self.grid_size = grid_size
         self.pos_embed = nn.Parameter(torch.empty(grid_size**2, embed_dim, **made), requires_grad=False)
-        self._resized = ResizedTables()
+        self._resized, self._separable = ResizedTables(), Separable()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -159,7 +174,18 @@ class QwenVLResampler(PositionResampler):
             if not attn_mask.is_floating_point():
                 raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; accepted: a float that is added to the scores")
         keys = self._resized.get(self.pos_embed, self.grid_size, side)
-        return self._resample(x, self.pos_embed, keys, bias=attn_mask)
+        return self._resample(x, self.pos_embed, keys, bias=attn_mask, size=(side, side) if self._on_grid() else None)
+
+    def _on_grid(self) -> bool:
+        """Whether keys' positions may be taken apart: a trained table gets its gradient entry by entry."""
+        if self.level == 0 or self.pos_embed.requires_grad:
+            return False
+        # what bicubic interpolation makes of such a table is one, too
+        return self._separable(self.pos_embed, Grid(self.grid_size, False))
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._on_grid()  # a graph that is traced next has no values to look at
 
 
 class OmniLMMResampler(QwenVLResampler):
@@ -191,10 +217,11 @@ class MiniCPMVResampler(PositionResampler):
         *,
         max_size: tuple[int, int] = (70, 70),
         eps: float = 1e-6,
+        level: int = 0,
         device=None,
         dtype=None,
     ):
-        super().__init__(num_queries, embed_dim, num_heads, kv_dim, eps, device=device, dtype=dtype)
+        super().__init__(num_queries, embed_dim, num_heads, kv_dim, eps, level, device=device, dtype=dtype)
         if len(max_size) != 2 or min(max_size) < 1:
             raise ValueError(f"max_size is {max_size!r}; accepted: (rows, columns), 1 or more")
         table = torch.empty(*max_size, embed_dim, device=device, dtype=dtype)
@@ -221,14 +248,14 @@ class MiniCPMVResampler(PositionResampler):
         H, W = max(h for h, _ in sizes), max(w for _, w in sizes)
         table = self._table(H, W).to(self.query.dtype).flatten(0, 1)
         if all(size == sizes[0] for size in sizes) and H * W == N:
-            return self._resample(x, None, table)
+            return self._resample(x, None, table, size=(H, W))
         size = torch.tensor(sizes).to(x.device, non_blocking=True)
         token = torch.arange(N, device=x.device)
         rows, columns = size[:, :1], size[:, 1:]
         mask = token < rows * columns
         # token t of an image stands at (t // columns, t % columns); padding takes any row of the table
         index = torch.where(mask, token // columns * W + token % columns, 0)
-        return self._resample(x, None, table, index, mask)
+        return self._resample(x, None, table, index, mask, size=(H, W))
 
     def _table(self, h: int, w: int) -> Tensor:
         """The first h rows and w columns of pos_embed, which grows to hold them."""

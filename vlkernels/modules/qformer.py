@@ -16,6 +16,7 @@ from ..ops._shuffle import ACTS
 from ..ops.linear_projector import linear_projector
 from ._children import child_problem, hook_problem
 from ._kv import layers_kv
+from ._parts import as_bool
 from ._post_norm import Stream, plain_linear, under
 from .projector import _ALIASES, check_channels
 from .qformer_layer import ImageKV, QFormerLayer, keys_values
@@ -176,7 +177,7 @@ class QFormer(nn.Module):
         check_channels("image_embeds", image_embeds, self.encoder_hidden_size)
         if image_embeds.dim() != 3:
             raise ValueError(f"image_embeds has shape {tuple(image_embeds.shape)}; accepted: (B, N, C)")
-        mask = _as_bool("image mask", mask, image_embeds.shape[:2])
+        mask = as_bool("image mask", mask, image_embeds.shape[:2])
         cross = {
             i: m.crossattention.attention for i, m in enumerate(self.encoder.layer) if m.crossattention is not None
         }
@@ -332,19 +333,11 @@ class _Head(nn.Module):
         )  # fmt: skip
 
 
-def _as_bool(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.is_floating_point() or mask.shape[1:] != shape[1:] or mask.shape[0] not in (1, shape[0]):
-        raise ValueError(f"{name} is {mask.dtype} {tuple(mask.shape)}; accepted: bool or integers {tuple(shape)}")
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
 def _token_masks(mask: Tensor | None, batch: int, M: int, T: int) -> tuple[Tensor | None, Tensor | None]:
     """The queries' and the text's part of upstream's (B, M + T) mask, or of one over the text alone."""
     if mask is None:
         return None, None
     if mask.dim() == 2 and M and T and mask.shape[1] == T:
-        return None, _as_bool("attention_mask", mask, (batch, T))
-    mask = _as_bool("attention_mask", mask, (batch, M + T))
+        return None, as_bool("attention_mask", mask, (batch, T))
+    mask = as_bool("attention_mask", mask, (batch, M + T))
     return (mask[:, :M] if M else None), (mask[:, M:] if T else None)

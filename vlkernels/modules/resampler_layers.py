@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _autocast
 from ..ops._shuffle import ACTS
 from ..ops.cross_attention import cross_attention
 from ..ops.linear_projector import linear_projector
 from ..ops.mlp_projector import mlp_projector
-from ._children import child_problem, hook_problem
+from ._children import hook_problem
 from ._kv import layers_kv
-from ._parts import norm_options
+from ._parts import norm_options, plain
 from .resampler_media import Media
 
 
@@ -84,13 +85,13 @@ class ResamplerAttention(nn.Module):
         norms = {"q_norm": self.part("q_norm"), "k_norm": self.part("k_norm")}
         options = {}
         if norms["q_norm"] is not None:
-            if plain(*norms.values()) and norms["q_norm"].eps == norms["k_norm"].eps:
+            if fusable(*norms.values()) and norms["q_norm"].eps == norms["k_norm"].eps:
                 options = {f"{n}_{p}": getattr(m, p) for n, m in norms.items() for p in ("weight", "bias")}
                 options |= {"norm": "layer", "eps": norms["q_norm"].eps}
             else:
                 if "x" in first:
-                    n = F.linear(first.pop("x"), first.pop("kv_weight"), first.pop("kv_bias"))
-                    first["k"], first["v"] = self.heads_of(n)
+                    n = F.linear(first["x"], first["kv_weight"], first["kv_bias"])
+                    first = {"mask": first.get("mask"), **dict(zip(("k", "v"), self.heads_of(n), strict=True))}
                 q, k2 = norms["q_norm"](q), norms["k_norm"](k2)
                 first |= {"k": norms["k_norm"](first["k"])} if "k" in first else {}
         p = self.dropout if self.training else 0.0
@@ -139,7 +140,7 @@ class FeedForward(nn.Module):
     def run(self, x: Tensor, norm: nn.Module | None, residual: bool = False) -> Tensor:
         """The block after `norm`, by the op where the children are plain; residual: added to x."""
         up, gate, down = self.part("up"), self.part("gate"), self.part("down")
-        if not plain(norm, up, gate, down):
+        if not fusable(norm, up, gate, down):
             n = x if norm is None else norm(x)
             h = ACTS[self.act](up(n)) if gate is None else ACTS[self.act](gate(n)) * up(n)
             return x + down(h) if residual else down(h)
@@ -187,16 +188,9 @@ class ResamplerLayer(nn.Module):
 # -- pieces --------------------------------------------------------------------------------------------------------
 
 
-def plain(*children: nn.Module | None, bias: bool = False) -> bool:
+def fusable(*children: nn.Module | None, bias: bool = False) -> bool:
     """The ops may read the children's parameters themselves, and the linears have a bias or, as most, none."""
-    return all(
-        child is None
-        or (
-            child_problem("child", child, (nn.Linear, nn.LayerNorm, nn.RMSNorm)) is None
-            and (type(child) is not nn.Linear or (child.bias is not None) == bias)
-        )
-        for child in children
-    )
+    return plain(*children, kinds=(nn.Linear, nn.LayerNorm, nn.RMSNorm), bias=bias)
 
 
 def called(block: nn.Module, kind: type) -> bool:
@@ -206,8 +200,7 @@ def called(block: nn.Module, kind: type) -> bool:
 
 def in_one_dtype(latents: Tensor, *linears: nn.Linear) -> bool:
     """Whether a product may add the latents itself: nothing is rounded that plain PyTorch keeps wide."""
-    kind = latents.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
+    dtype = _autocast.compute_dtype(latents) or latents.dtype
     return latents.dtype == dtype and all(linear.weight.dtype == dtype for linear in linears)
 
 
@@ -241,7 +234,7 @@ def queries(
 def packed_weights(pairs: Sequence[tuple[ResamplerAttention, nn.Module | None]]) -> list[tuple]:
     """(weight, bias) of [q | k | v] for each attention whose children are plain, else (None, None); one copy of all."""
     owners = [[a.part("q"), *a.kv] for a, _ in pairs]
-    able = [plain(norm, *linears, bias=a.bias) for linears, (a, norm) in zip(owners, pairs, strict=True)]
+    able = [fusable(norm, *linears, bias=a.bias) for linears, (a, norm) in zip(owners, pairs, strict=True)]
     rows = [sum(m.out_features for m in linears) for linears in owners]
     taken = [linears for linears, fits in zip(owners, able, strict=True) if fits]
     if not taken:
@@ -258,7 +251,7 @@ def context_sources(
     pairs: Sequence[tuple[ResamplerAttention, nn.Module | None]], x: Tensor, level: int
 ) -> list[dict[str, Tensor]]:
     """For each attention the arguments of cross_attention that stand for keys and values of x (B, N, C)."""
-    fits = [plain(norm, *a.kv, bias=a.bias) for a, norm in pairs]
+    fits = [fusable(norm, *a.kv, bias=a.bias) for a, norm in pairs]
     taken = [pair for pair, able in zip(pairs, fits, strict=True) if able]
     found = iter(())
     if taken:
@@ -307,6 +300,6 @@ def resample(latents: Tensor, layers: Sequence[nn.Module], norm: nn.Module, medi
 
 def projected(out: nn.Module, y: Tensor, latents: Tensor) -> Tensor:
     """latents + out(y), in one product where the latents have y's batch."""
-    if latents.shape[0] != y.shape[0] or not plain(out) or not in_one_dtype(latents, out):
+    if latents.shape[0] != y.shape[0] or not fusable(out) or not in_one_dtype(latents, out):
         return latents + out(y)
     return torch.addmm(latents.flatten(0, 1), y.flatten(0, 1), out.weight.t()).view(latents.shape)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._parts import as_bool
 from .projector import check_channels
 
 
@@ -48,7 +49,9 @@ class Media:
         """The attention (media, M, H K) of q, k2, v2, of batch 1 or one row a media, to `source` of all tokens."""
 
         def run(own: list[Tensor], cut, mask: Tensor | None) -> Tensor:
-            cut_source = {n: t if n.startswith("kv_") else cut(t) for n, t in source.items()}
+            cut_source = {n: cut(t) if n in ("k", "v", "x") else t for n, t in source.items()}
+            if "x_parts" in source:
+                cut_source["x_parts"] = [cut(t) for t in source["x_parts"]]
             return attention.attend(*own, mask=mask, **cut_source)
 
         return self._batches(list(heads), run, lambda own: attention.attend(*own))
@@ -112,16 +115,11 @@ def counts_of(name: str, counts: Sequence[int] | Tensor, total: int, of: str) ->
 
 def visible(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """The mask as bool over all of x's axes but the channels; it may have only the first of them."""
+    mask = as_bool("mask", mask, x.shape[:-1], axes=1)
     if mask is None:
         return None
-    if mask.is_floating_point() or not 1 <= mask.dim() < x.dim() or mask.shape != x.shape[: mask.dim()]:
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}; accepted for x {tuple(x.shape)}: bool or integer, "
-            f"{tuple(x.shape[:-1])} or the first axes of it"
-        )
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device}, x on {x.device}; all tensors must be on one device")
-    mask = mask if mask.dtype == torch.bool else mask != 0
     return mask.reshape(*mask.shape, *(1,) * (x.dim() - 1 - mask.dim())).expand(x.shape[:-1])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -146,3 +146,53 @@ def beside(name: str, got: Tensor, usual: Tensor, exact: Tensor, dtype: torch.dt
     baseline = worst(usual, exact)[0]
     error, where = worst(got, exact)
     return Error(name, error, 2 * baseline + 4 * ulp(scale, dtype or got.dtype), baseline, scale, where)
+
+
+def model_errors(
+    got: dict[str, Tensor], draws: Iterable[tuple[dict, dict]], dtype: torch.dtype | None = None, dtypes: bool = True
+) -> list[Error]:
+    """The rule for a whole model: its outputs, named "y...", and gradients, all by name.
+
+    draws: (usual, exact) of each of five draws of parameters and inputs: what stock code gives in the same dtypes, and
+    in float64. The first is `got`'s own; baseline and scale are the largest of all: one draw's are a matter of luck.
+    Rounding in one place of a model reaches many gradients at once, so their baseline is the largest relative one.
+    dtype: the one that was computed in, where the tensors' own is wider (autocast). dtypes: ask for the usual ones.
+
+    A gradient that is zero in exact arithmetic (of a key's bias: it moves all scores alike) holds the rounding of
+    others: it is held to the scale of the largest gradient.
+    """
+    baseline, scale = dict.fromkeys(got, 0.0), dict.fromkeys(got, 0.0)
+    first: dict[str, Tensor] = {}
+    for usual, exact_ in draws:
+        assert got.keys() == usual.keys() == exact_.keys(), set(got) ^ set(usual) | set(got) ^ set(exact_)
+        first = first or exact_
+        for name, truth in exact_.items():
+            assert usual[name].shape == truth.shape, name
+            assert not dtypes or usual[name].dtype == got[name].dtype, name
+            baseline[name] = max(baseline[name], worst(usual[name].detach(), truth.detach())[0])
+            scale[name] = max(scale[name], float(truth.detach().abs().max()) if truth.numel() else 0.0)
+    gradients = [name for name in scale if not name.startswith("y")]
+    top = max((scale[name] for name in gradients), default=0.0)
+    zero = {name for name in gradients if scale[name] <= 2**-30 * top}
+    relative = max((baseline[name] / scale[name] for name in gradients if name not in zero), default=0.0)
+    for name in gradients:
+        baseline[name] = baseline[name] if name in zero else relative * scale[name]
+    found = []
+    for name, truth in first.items():
+        limit = 2 * baseline[name] + 4 * ulp(top if name in zero else scale[name], dtype or got[name].dtype)
+        same = got[name].shape == truth.shape
+        error, where = worst(got[name].detach(), truth.detach()) if same else (math.inf, ())
+        found.append(Error(name, error, limit, baseline[name], scale[name], where))
+    return found
+
+
+def assert_model(
+    got: dict[str, Tensor],
+    draws: Iterable[tuple[dict, dict]],
+    dtype: torch.dtype | None = None,
+    judged: Callable[[str], bool] = lambda name: True,
+    dtypes: bool = True,
+) -> None:
+    """model_errors of all `judged` names are within the rule."""
+    wrong = [str(error) for error in model_errors(got, draws, dtype, dtypes) if not error.ok and judged(error.name)]
+    assert not wrong, "\n".join(wrong)

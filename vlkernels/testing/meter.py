@@ -25,8 +25,14 @@ _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
-    """Addresses of the tensors' storages."""
-    return {t.untyped_storage().data_ptr() for t in tensors}
+    """What tells the tensors' storages apart."""
+    return {_identity(t) for t in tensors}
+
+
+def _identity(t: Tensor) -> int:
+    """The storage's address; a meta tensor's has none, but is an object."""
+    storage = t.untyped_storage()
+    return storage._cdata if t.is_meta else storage.data_ptr()
 
 
 def saved_bytes(fn: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
@@ -39,9 +45,8 @@ def saved_bytes(fn: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
     found: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if not isinstance(t, torch.nn.Parameter) and storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+        if not isinstance(t, torch.nn.Parameter) and _identity(t) not in known:
+            found[_identity(t)] = t.untyped_storage().nbytes()
         return t
 
     keep = None
@@ -136,8 +141,11 @@ def _distinct_bytes(rows: list[np.ndarray]) -> int:
 
 
 @contextlib.contextmanager
-def traffic() -> Iterator[Traffic]:
-    """Counts bytes, launches and FLOPs inside the block: of ATen operators and of interpreted Triton kernels."""
+def traffic(moved: bool = True) -> Iterator[Traffic]:
+    """Counts bytes, launches and FLOPs inside the block: of ATen operators and of interpreted Triton kernels.
+
+    moved=False leaves the kernels' bytes out, which take most of the time to count.
+    """
     record = Traffic()
     if not _tl.INTERPRETED.value:
         with _AtenMeter(record):
@@ -172,15 +180,15 @@ def traffic() -> Iterator[Traffic]:
             addresses.clear()
         with _disable_current_modes():  # the interpreter's own copies are not the kernel's
             out = run(self, *args, warmup=warmup, **kwargs)
-        moved = sum(_distinct_bytes(rows) for rows in touched.values() if rows)
-        record.moved += moved
-        record.moved_by[self.fn.__name__] += moved
+        total = sum(_distinct_bytes(rows) for rows in touched.values() if rows)
+        record.moved += total
+        record.moved_by[self.fn.__name__] += total
         record.launches[self.fn.__name__] += 1
         return out
 
     with (
-        mock.patch.object(builder, "create_masked_load", counted_load),
-        mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(builder, "create_masked_load", counted_load if moved else load),
+        mock.patch.object(builder, "create_masked_store", counted_store if moved else store),
         mock.patch.object(builder, "create_dot", counted_dot),
         mock.patch.object(interpreter.InterpretedFunction, "run", counted_run),
         _AtenMeter(record),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _source
 from .._dropout import draw_seed, keep_factor, keep_mask
 from .._shuffle import NORMS, normalised
 
@@ -39,6 +39,8 @@ def forward(
     q_norm_bias: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     k_norm_bias: Tensor | None = None,
+    x_parts: list[Tensor] = (),
+    kv_parts: list[Tensor] = (),
     seed: Tensor | None = None,
     norm: str = "none",
     eps: float = 1e-5,
@@ -46,6 +48,8 @@ def forward(
     masked: float = MASKED,
     p: float = 0.0,
     causal: bool = False,
+    x_norm: str = "none",
+    x_eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = dropout(softmax(scale norm(q) norm([k; k2])ᵀ + masks)) [v; v2], per head.
@@ -56,6 +60,9 @@ def forward(
         k2, v2: (B, N2, G, K), a second source after the first, such as the latents; a batch of 1 serves all.
         x: (B, N, C), in place of k and v: [k | v] = x kv_weightᵀ + kv_bias is computed here and again in backward, so
             that neither is kept. kv_weight: (2 G K, C), keys first. kv_bias: (2 G K).
+        x_parts, kv_parts: what x and kv_weight are made of by `ops._source.tokens(x_parts, x_norm, x_eps, dtype)` and
+            `ops._source.weights(kv_parts)`, whoever calls has done so: kept for backward in their place, without a
+            gradient, and joined again there. So no normalised x, no joined and no folded weight is kept.
         mask: bool (B, N) or (1, N), True = attend; mask2: the same of the second source, (B, N2) or (1, N2).
         bias: (1 or B, 1 or H, M, N), added to the scores of the first source; it gets no gradient.
         index: int64 (B,), which row of the first source (k, v or x, and mask) row b of q attends to; rows may repeat.
@@ -142,9 +149,16 @@ def sizes(q, k, k2, x, mask, mask2, bias, index) -> tuple[int, int, int, int]:
     return (B, *q.shape[1:])
 
 
+def joined(name: str, parts: list[Tensor], others: dict) -> Tensor:
+    """x or kv_weight of its parts."""
+    if name == "kv_weight":
+        return _source.weights(parts)
+    return _source.tokens(parts, others["x_norm"], others["x_eps"], others["dtype"])
+
+
 def residuals(
     q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, q_norm_weight, q_norm_bias, k_norm_weight,
-    k_norm_bias, seed, norm, eps, scale, masked, p, causal, dtype,
+    k_norm_bias, x_parts, kv_parts, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype,
 ) -> tuple[Tensor]:  # fmt: skip
     """What a kernel's forward saves besides arguments and y: each softmax's maximum and denominator (B, H, M, 2)."""
     B, M, H, _ = sizes(q, k, k2, x, mask, mask2, bias, index)
@@ -153,7 +167,7 @@ def residuals(
 
 def check(
     q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, q_norm_weight, q_norm_bias, k_norm_weight,
-    k_norm_bias, seed, norm, eps, scale, masked, p, causal, dtype,
+    k_norm_bias, x_parts, kv_parts, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype,
 ) -> tuple:  # fmt: skip
     """The arguments as forward takes them, or an error that names the one that does not fit."""
     tensors = {
@@ -168,6 +182,10 @@ def check(
     H, K = q.shape[2:]
     if (k is None) != (v is None) or (k2 is None) != (v2 is None) or (x is None) != (kv_weight is None):
         raise ValueError("k and v, k2 and v2, x and kv_weight belong together; accepted: both or neither")
+    if x is None and (x_parts or kv_parts):
+        raise ValueError("x_parts or kv_parts is given without x; accepted: x and kv_weight with them")
+    if x_norm not in NORMS:
+        raise ValueError(f"x_norm is {x_norm!r}; accepted: {', '.join(NORMS)}")
     if kv_bias is not None and x is None:
         raise ValueError("kv_bias is given without x; accepted: x and kv_weight with it")
     if (k is None) == (x is None) and (k is not None or k2 is None):
@@ -241,7 +259,8 @@ def check(
         raise TypeError(f"dtype is {dtype}; accepted: float16, bfloat16, float32, float64")
     return (
         q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, q_norm_weight, q_norm_bias, k_norm_weight,
-        k_norm_bias, seed, norm, float(eps), float(scale), float(masked), float(p), bool(causal), dtype,
+        k_norm_bias, x_parts, kv_parts, seed, norm, float(eps), float(scale), float(masked), float(p), bool(causal),
+        x_norm, float(x_eps), dtype,
     )  # fmt: skip
 
 
@@ -267,7 +286,7 @@ def _check_batches(q, first, k2, mask, mask2, bias, index) -> None:
 
 def draw(*values) -> tuple:
     """The seed of the dropout, where there is any and none was given."""
-    *before, seed, norm, eps, scale, masked, p, causal, dtype = values
+    *before, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype = values
     if p > 0.0 and seed is None:
         seed = draw_seed(values[0].device)
-    return *before, seed, norm, eps, scale, masked, p, causal, dtype
+    return *before, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype

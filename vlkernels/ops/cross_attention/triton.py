@@ -27,7 +27,7 @@ MAX_HEAD_DIM = 128  # a row of keys is held in one tile
 
 def refuses(
     q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, q_norm_weight, q_norm_bias, k_norm_weight,
-    k_norm_bias, seed, norm, eps, scale, masked, p, causal, dtype,
+    k_norm_bias, x_parts, kv_parts, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype,
 ) -> str | None:  # fmt: skip
     if (reason := _refuse.common(q, dtype, k=k, v=v, k2=k2, v2=v2, x=x, kv_weight=kv_weight)) is not None:
         return reason
@@ -44,7 +44,7 @@ def declines(*values) -> str | None:
 
 def note(
     q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, q_norm_weight, q_norm_bias, k_norm_weight,
-    k_norm_bias, seed, norm, eps, scale, masked, p, causal, dtype,
+    k_norm_bias, x_parts, kv_parts, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype,
 ) -> str:  # fmt: skip
     """Whose kernel computes the forward."""
     B, M, H, K = sizes(q, k, k2, x, mask, mask2, bias, index)
@@ -149,7 +149,7 @@ def _splits(programs: int, keys: int, block: int, sms: int) -> int:
 
 def forward(
     q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, q_norm_weight, q_norm_bias, k_norm_weight,
-    k_norm_bias, seed, norm, eps, scale, masked, p, causal, dtype,
+    k_norm_bias, x_parts, kv_parts, seed, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, M, H, K); stats (B, H, M, 2): the softmax's maximum and denominator."""
     B, M, H, K = sizes(q, k, k2, x, mask, mask2, bias, index)
@@ -199,7 +199,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, B: int, scale: float, compute: torch
     return y.transpose(1, 2).contiguous(), torch.stack((lse, torch.ones_like(lse)), -1)
 
 
-def backward(dy, saved, needs, norm, eps, scale, masked, p, causal, dtype) -> dict[str, Tensor]:
+def backward(dy, saved, needs, norm, eps, scale, masked, p, causal, x_norm, x_eps, dtype) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
     names = ("q", "k", "v", "k2", "v2", "x", "kv_weight", "kv_bias", "mask", "mask2", "bias", "index", "seed")
     q, k, v, k2, v2, x, kv_weight, kv_bias, mask, mask2, bias, index, seed = (saved[n] for n in names)

@@ -103,9 +103,7 @@ def bytes_moved(case: Case, itemsize: int) -> dict[str, int]:
         return (4 + e) * size if e != 4 else 0
 
     # what follows from the sums of tanh(gate): a sum over the group, and the derivative in five small operators
-    # without a norm x's gradient is y's: no kernel writes it, a leaf's .grad is a copy
-    copied = 0 if norm else 2 * e * T * C
-    gates = copied + 4 * (C if I or G > 1 else 1) + 4 * G + tanh * (cast(G) + 4 * 9 * G) + cast(G)
+    gates = 4 * (C if I or G > 1 else 1) + 4 * G + tanh * (cast(G) + 4 * 9 * G) + cast(G)
     if not I:
         forward = 3 * e * T * C + e * G + mask + seed + norm * e * T * C + affine * e * C + stats
         backward = 3 * e * T * C + mask + seed + e * G  # dy, branch, dbranch
