@@ -120,15 +120,25 @@ def test_state_dict_goes_to_upstream_and_back(name):
     check_names(CASES[name])
 
 
-def test_autocast(device):
-    check_rule(CASES["none, level 1"], "reference", device, torch.bfloat16)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("name", [n if n.startswith("tgt") else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
-def test_autocast_everywhere(name, backend, device):
-    check_rule(CASES[name], backend, device, torch.bfloat16)
+def test_autocast(name, backend, device):
+    """The output. Where bf16 moves an offset over the edge of a position its gradient jumps, in any implementation, so
+    that gradients have no error to compare; that they are there, finite and float32 is seen."""
+    variant, found = CASES[name], []
+    for _ in range(5):
+        module, inputs = made(variant, device)
+        usual = by_hand(variant, module, inputs, torch.float32, torch.bfloat16)["y"]
+        exact = by_hand(variant, module, inputs, torch.float64)["y"]
+        found.append((float((usual.double() - exact).abs().max()), float(exact.abs().max())))
+    baseline, scale = (max(column) for column in zip(*found, strict=True))
+    parameters = dict(module.named_parameters())
+    with use_backend(backend), torch.autocast(device, torch.bfloat16):
+        y = module(*inputs)
+    assert y.dtype == usual.dtype
+    assert (y.double() - exact).abs().max() <= 2 * baseline + 4 * compare.ulp(scale, torch.bfloat16)
+    grads = torch.autograd.grad(y.float().square().sum(), list(parameters.values()))
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
 @pytest.mark.slow

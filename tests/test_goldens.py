@@ -86,7 +86,7 @@ FILES = sorted(path.name for path in DIR.glob("*.safetensors"))
 
 
 # 20 s and more in the interpreter; smaller files of the same modules run always
-LONG = ("lavis_qformer_text__p1", "hf_instructblip_qformer__p1")
+LONG = ("lavis_qformer_text__p1", "hf_instructblip_qformer__p1", "honeybee_d_abstractor__ps")
 RUNS = [
     pytest.param(f, b, marks=[pytest.mark.slow, on_triton], id=f"{f}-{b}") if b == "triton" and f.startswith(LONG)
     else pytest.param(f, b, marks=[on_triton] if b == "triton" else [], id=f"{f}-{b}")

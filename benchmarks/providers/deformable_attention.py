@@ -18,19 +18,21 @@ def equation(
     """The op's equation with grid_sample. value (B, S, H, K) -> (B, M, H, K)."""
     (B, _, H, K), (M, L, P) = value.shape, (weights.shape[1], *weights.shape[3:])
     sizes = [(shapes[2 * level], shapes[2 * level + 1]) for level in range(L)]
+    # grid_sample wants its two arguments in one dtype; a grid in 16 bits would be up to a tenth of a position off, so
+    # that upstream computes in float32 too
+    wide = torch.promote_types(value.dtype, torch.float32)
     if softmax:
         weights = weights.flatten(3).softmax(-1).view(weights.shape)
+    points = points.to(wide)
     if reference is not None:
-        normaliser = torch.tensor([[w, h] for h, w in sizes], dtype=points.dtype, device=points.device)
+        normaliser = torch.tensor([[w, h] for h, w in sizes], dtype=wide, device=points.device)
         points = reference[:, :, None, :, None] + points / normaliser[:, None]
     grid = 2 * points - 1
-    # grid_sample wants its two arguments in one dtype, and has none for bfloat16 on every device
-    wide = torch.promote_types(value.dtype, torch.float32)
     samples = []
     for level, part in enumerate(value.split([h * w for h, w in sizes], 1)):
         maps = part.permute(0, 2, 3, 1).reshape(B * H, K, *sizes[level])
         at = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        sample = F.grid_sample(maps.to(wide), at.to(wide), padding_mode="zeros", align_corners=False)
+        sample = F.grid_sample(maps.to(wide), at, padding_mode="zeros", align_corners=False)
         samples.append(sample.to(value.dtype))
     shares = weights.transpose(1, 2).reshape(B * H, 1, M, L * P)
     y = (torch.stack(samples, -2).flatten(-2) * shares).sum(-1)

@@ -345,7 +345,9 @@ def _shifted(stream: Stream, position: Tensor) -> Tensor:
 
 
 def _root(name: str, count: int) -> int:
-    side = math.isqrt(max(count, 0))
-    if count < 1 or side * side != count:
+    side = 1
+    while side * side < count:  # math.isqrt would break a graph whose sizes are symbols
+        side += 1
+    if side * side != count:
         raise ValueError(f"{name} is {count}; accepted: a square, 1 or more")
     return side
