@@ -184,14 +184,14 @@ BAD = [
     (conv_se_linear, se_arguments, changes, says)
     for changes, says in (
         ({"h": 5}, "5 x 2 = 10 tokens"),
-        ({"fc1_weight": torch.zeros(5, 23)}, r"fc1_weight has shape \(5, 23\); accepted: \(S, C\)"),
+        ({"fc1_weight": torch.zeros(7, 23)}, r"fc1_weight has shape \(7, 23\); accepted: \(S, C\)"),
         ({"fc2_weight": torch.zeros(24, 6)}, r"fc2_weight has shape \(24, 6\)"),
         ({"fc1_bias": torch.zeros(6)}, r"fc1_bias has shape \(6,\)"),
         ({"weight": torch.zeros(20, 25)}, r"weight has shape \(20, 25\)"),
         ({"weight": torch.zeros(0, 24)}, r"weight \(0, 24\); accepted"),
         ({"out_norm_bias": torch.zeros(24)}, r"out_norm_bias has shape \(24,\); accepted: \(N,\)"),
-        ({"shortcut": torch.zeros(4, 4, 24)}, r"shortcut has shape \(4, 4, 24\)"),
-        ({"stride": 2}, r"shortcut has shape \(4, 4, 20\); accepted: \(B, h' w', N\)"),
+        ({"shortcut": torch.zeros(5, 4, 24)}, r"shortcut has shape \(5, 4, 24\)"),
+        ({"stride": 2}, r"shortcut has shape \(5, 4, 20\); accepted: \(B, h' w', N\)"),
         ({"gate": "tanh"}, "gate is 'tanh'; accepted: sigmoid, hardsigmoid"),
         ({"se_act": "gelu"}, "se_act is 'gelu'; accepted: silu, relu"),
         ({"out_act": "tanh"}, "out_act is 'tanh'"),

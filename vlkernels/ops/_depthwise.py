@@ -46,18 +46,19 @@ def config(images: int, tokens: int, out_tokens: int, channels: int, norm: bool,
     # 4 elements a thread: nine weights and ten sums of each are held in registers
     part = min(128, max(16, whole))
 
-    def tiles(count: int, block: int, least: int) -> Tiles:
+    def tiles(count: int, block: int, least: int, wide: int = 128) -> Tiles:
         blocks = triton.cdiv(channels, block)
         most = max(1, (512 if block >= 128 else 2048) // block)
         # a partial sum costs 4 bytes a channel, or 40 of the taps, beside 4 to 8 of each token of the chunk
         wanted = triton.cdiv(8 * multiprocessors(device_arch), max(1, images * blocks))
         chunk = max(least, most, triton.cdiv(count, wanted))
         rows = min(most, triton.next_power_of_2(min(chunk, count)))
-        warps = max(1, min(16, rows * block // (256 if block > 512 else 128)))
+        warps = max(1, min(16, rows * block // (wide if block > 512 else 128)))
         return Tiles(rows, block, warps, chunk, triton.cdiv(count, chunk))
 
     block = whole if norm else part
-    return Config(tiles(out_tokens, block, 16), tiles(out_tokens, block, 32), tiles(tokens, part, 64))
+    # with 8 elements a thread the pass through the norm spills on sm_100
+    return Config(tiles(out_tokens, block, 16, 256), tiles(out_tokens, block, 32), tiles(tokens, part, 64))
 
 
 def refuses(x: Tensor, norm: bool) -> str | None:

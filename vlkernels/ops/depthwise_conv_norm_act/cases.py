@@ -19,7 +19,7 @@ def _case(name, B, H, W, C, tags=(), recipe="", **options) -> Case:
 PRECISIONS = ("fp32", "bf16", "fp16", "amp-bf16")
 
 CASES = (
-    # every term at once; 3 images would share a symbol with the weight's 3 rows when shapes are dynamic
+    # every term at once; where shapes are dynamic, equal ones (3 images, a weight's 3 rows) would share a symbol
     _case("everything", 4, 5, 4, 24, bias=True, skip=True, norm_bias=True, act="silu", means=True,
           tags=("all-precisions", "sharp")),
     _case("stride 2", 2, 7, 6, 20, stride=2, norm_bias=True, act="hardswish", means=True, tags=("all-precisions",)),
