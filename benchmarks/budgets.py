@@ -189,11 +189,9 @@ def _deformable_bytes(case: Case, precision: Precision) -> int:
 
 
 def _scan_bytes(case: Case, precision: Precision) -> int:
-    """delta, b and c of each direction, a gate, and in float32 the states between chunks; not u itself."""
+    """In float32 the states between chunks; nothing besides the arguments where there is one chunk."""
     L, K, S = case["H"] * case["W"], len(case.get("scan")), case["S"]
-    arguments = K * (case["D"] + 2 * case["G"] * S) + case["D"] * bool(case.get("z"))
-    states = 4 * K * case["D"] * S * (-(-L // chunk_length(L)) - 1)
-    return arguments * _itemsize(precision.compute) + -(-states // L)
+    return -(-4 * K * case["D"] * S * (-(-L // chunk_length(L)) - 1) // L)
 
 
 BUDGETS: dict[str, Budget] = {

@@ -73,4 +73,11 @@ __device__ __forceinline__ void store_global(uint4* dst, const uint4& x) {
                : "memory");
 }
 
+// 2^x to about 2 ulp; results below the normal numbers are zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace vlk

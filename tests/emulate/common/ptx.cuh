@@ -1,6 +1,7 @@
 // The instructions of csrc/common/ptx.cuh; ldmatrix and mma.sync as the PTX ISA words them, lane by lane.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -83,5 +84,7 @@ inline void store_global(uint4* dst, const uint4& x) {
   if (reinterpret_cast<uintptr_t>(dst) % 16 != 0) emulate::fail("a 16-byte store is not aligned");
   *dst = x;
 }
+
+inline float exp2_fast(float x) { return std::exp2(x); }
 
 }  // namespace vlk

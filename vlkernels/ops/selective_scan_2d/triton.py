@@ -98,8 +98,12 @@ def _call(u, delta, a, b, c, z, height, width, scan, softplus, **has) -> _Call:
     )
 
 
-def forward(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, D), last state (B, K, D, S), states before the chunks (B, K, chunks - 1, S, D)."""
+def forward(
+    u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus, launch=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, D), last state (B, K, D, S), states before the chunks (B, K, chunks - 1, S, D).
+
+    launch: what takes the place of the Triton kernel, called with the arguments and what it is to fill."""
     (B, L, D), K, S = u.shape, len(scan), a.shape[1]
     d, delta_bias, state = (None if t is None else t.contiguous() for t in (d, delta_bias, state))
     has = {"HAS_D": d is not None, "HAS_BIAS": delta_bias is not None, "HAS_STATE": state is not None}
@@ -109,7 +113,10 @@ def forward(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, sof
     parts = y if K == 1 else torch.empty((K, B, L, D), **made)
     last = torch.empty((B, K, D, S), **made)
     states = torch.empty((B, K, triton.cdiv(L, chunk_length(L)) - 1, S, D), **made)
-    if B:
+    if B and launch is not None:
+        launch(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus, parts, last, states)
+        _merge(parts, y, K)
+    elif B:
         selective_scan_2d_fwd_kernel[call.grid](
             u, delta, a, b, c, d, z, delta_bias, state, parts, last, states, *call.dims, *call.strides, **call.constants
         )
@@ -117,8 +124,8 @@ def forward(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, sof
     return y, last, states
 
 
-def backward(dy, dlast, saved, needs, height, width, scan, softplus) -> dict[str, Tensor]:
-    """Gradients by argument name for those that are needed."""
+def backward(dy, dlast, saved, needs, height, width, scan, softplus, launch=None) -> dict[str, Tensor]:
+    """Gradients by argument name for those that are needed. launch: as forward's."""
     names = ("u", "delta", "a", "b", "c", "d", "z", "delta_bias", "state", "states")
     u, delta, a, b, c, d, z, delta_bias, state, states = (saved[n] for n in names)
     (B, L, D), (K, G, S) = u.shape, b.shape[2:]
@@ -135,16 +142,22 @@ def backward(dy, dlast, saved, needs, height, width, scan, softplus) -> dict[str
     du_parts = du if K == 1 else torch.empty((K, B, L, D), **made)
     ddelta = torch.empty(delta.shape, dtype=delta.dtype, device=u.device)
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=u.device)
-    db, dc = (torch.empty((blocks, B, L, K, G, S), **made) for _ in range(2))
+    db, dc = (
+        torch.empty((blocks if launch is None else triton.cdiv(D // G, 32), B, L, K, G, S), **made) for _ in range(2)
+    )
     da, dstate = (torch.empty((B, K, D, S), **made) for _ in range(2))
     dd, dbias = (torch.empty((B, K * D), **made) for _ in range(2))
-    fine = chunk_length(L) // tiles.fine
-    scratch = torch.empty((*call.grid, fine, call.constants["BLOCK_S"], tiles.channels), **made)
-    selective_scan_2d_bwd_kernel[call.grid](
-        dy, dlast, u, delta, a, b, c, d, z, delta_bias, state, states, scratch, du_parts, ddelta, da, db, dc, dd, dz,
-        dbias, dstate, *call.dims, *((0, 0, 0) if dy is None else dy.stride()), *call.strides, FINE=tiles.fine,
-        **call.constants,
-    )  # fmt: skip
+    if launch is not None:
+        given = (u, delta, a, b, c, d, z, delta_bias, state, states, height, width, scan, softplus)
+        launch(dy, dlast, *given, du_parts, ddelta, da, db, dc, dd, dbias, dstate, dz)
+    else:
+        fine = chunk_length(L) // tiles.fine
+        scratch = torch.empty((*call.grid, fine, call.constants["BLOCK_S"], tiles.channels), **made)
+        selective_scan_2d_bwd_kernel[call.grid](
+            dy, dlast, u, delta, a, b, c, d, z, delta_bias, state, states, scratch, du_parts, ddelta, da, db, dc, dd,
+            dz, dbias, dstate, *call.dims, *((0, 0, 0) if dy is None else dy.stride()), *call.strides, FINE=tiles.fine,
+            **call.constants,
+        )  # fmt: skip
     if needs["u"]:
         _merge(du_parts, du, K)
     sums = {"a": da.flatten(1, 2), "b": db, "c": dc, "d": dd, "delta_bias": dbias}
