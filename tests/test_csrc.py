@@ -183,11 +183,8 @@ def test_library_is_found_by_environment(library):
     assert (first, second, covered, info["path"]) == (None, None, True, path)
     assert info["archs"] == [*ARCHS, "compute_100"]
     # two_source is left out where CUTLASS's headers are absent
-<<<<<<< HEAD
-    assert [op for op in info["ops"] if op != "two_source"] == ["deformable_attention", "lora_linear"]
-=======
-    assert [op for op in info["ops"] if op != "two_source"] == ["lora_linear", "selective_scan"]
->>>>>>> 2f4afad18ae1b5e4820998dc4751498e80e56633
+    held = ["deformable_attention", "lora_linear", "selective_scan"]
+    assert [op for op in info["ops"] if op != "two_source"] == held
     assert info["torch_target"] == "2.11" and re.match(r"\d+\.\d+", info["cuda"])
 
 
