@@ -37,12 +37,12 @@ CASES = (
     *(
         _case(name, T, K, N, ("bench", *tags), recipe, runs=_COGVLM, trained=(1,), biases=biases)
         for name, T, K, N, biases, tags, recipe in (
-            ("cogvlm qkv B4", 5928, 4096, 12288, (), ("uncounted",), "CogVLM-17B, 4 images, each 1225 patches and 256 of text"),
+            ("cogvlm qkv B4", 5928, 4096, 12288, (), ("uncounted",), "CogVLM-17B, 4 x (1225 of an image, 257 of text)"),
             ("cogvlm gate B4", 5928, 4096, 11008, (), ("uncounted",), "CogVLM-17B's feed-forward, 4 images"),
             ("cogvlm2 qkv B4", 5928, 4096, 6144, (1,), (), "CogVLM2-8B, 8 groups of 128, a bias for the images"),
         )
     ),
-    _case("cogvlm down B4", 5928, 11008, 4096, ("bench", "uncounted"), "CogVLM-17B's feed-forward with its gate, 4 images",
+    _case("cogvlm down B4", 5928, 11008, 4096, ("bench", "uncounted"), "CogVLM-17B's feed-forward with its gate",
           runs=_COGVLM, trained=(1,), gated=True),
     _case("mplug-owl2 k B16", 6144, 4096, 4096, ("bench",), "mPLUG-Owl2, 16 x (64 of an image, 320 of text)",
           runs=((0, 0.1), (1, 1 / 6), (0, 1 - 0.1 - 1 / 6))),
