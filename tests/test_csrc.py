@@ -90,12 +90,15 @@ def test_no_kernel_spills(objects, arch, record_property):
     # 3 dtypes of base with fp32 s; 2 half dtypes x b in that dtype or fp32 x b along r or along n
     assert sum("update_fma_kernel" in name for name in kernels) == 3
     assert sum("update_mma_kernel" in name for name in kernels) == 8
+    # forward and backward in 3 dtypes
+    assert sum("selective_scan" in name for name in kernels) == 6
     for u in usage:
         record_property(f"{u.kernel} {arch}", f"{u.registers} registers, {u.shared} bytes of shared memory")
         assert u.stack == 0 and u.spill == 0, u
         assert u.registers <= 255, u
-        # two blocks of 256 threads fill the 65,536 registers of a multiprocessor
-        assert u.registers <= 128, u
+        # two blocks of 256 threads fill the 65,536 registers of a multiprocessor; a scan's have 128, and shared
+        # memory keeps them to one a multiprocessor
+        assert u.registers <= (255 if "selective_scan" in u.kernel else 128), u
 
 
 def cuobjdump() -> str | None:

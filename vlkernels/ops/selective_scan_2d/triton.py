@@ -47,10 +47,10 @@ class Config:
 
 def config(S: int, group: int, device_arch: int) -> Config:
     """A warp a program and a channel a lane: 32 lanes hold S states each. Of wider states backward keeps fewer steps,
-    for they are S registers each: 4 steps of 16 spill, and so do 8 of 1. Not timed on a GPU yet."""
+    for they are S registers each: 2 steps of 16 spill, and so do 8 of 1. Not timed on a GPU yet."""
     state = triton.next_power_of_2(S)
     channels = max(16, min(32, triton.next_power_of_2(group)))
-    return Config(channels, 1, max(1, min(4, 32 // state)))
+    return Config(channels, 1, max(1, min(2, 16 // state)))
 
 
 @dataclass(frozen=True)
