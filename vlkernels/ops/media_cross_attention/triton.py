@@ -137,9 +137,10 @@ def config(tokens: int, head_dim: int, dtype: torch.dtype, device_arch: int, loa
     more = 0 < device_arch < 90 and not single
     if more:
         n = back_n = 32
+        m, back_m = min(m, 32), min(back_m, 32)
     # the rows that a loop reads its other operand against stay in registers, and in float32 each as two terms
     back_warps = 8 if wide or single or more else 4
-    warps = 8 if (wide and not single) or (device_arch >= 100 and m == n == 64) else 4
+    warps = 8 if (wide and not single and not more) or (device_arch >= 100 and m == n == 64) else 4
     return Config(m, n, warps, 2, back_m, back_n, back_warps, 4 if wide and single else back_warps)
 
 
