@@ -224,12 +224,12 @@ def set_class(module: nn.Module, cls: type) -> str | None:
 
 def registry() -> tuple[dict[str, str], dict[str, str]]:
     """(what can be swapped, what is left with a reason), by "module:Class"."""
-    from . import blocks, qformer, resamplers
+    from . import blocks, gated, qformer, resamplers
     from . import transformers as projectors
 
     prefix = "transformers.models."
     fused = dict.fromkeys((prefix + key for key in projectors.KEYS), f"{projectors.__name__}:projector_class")
-    for room, function in ((resamplers, "resampler_class"), (qformer, "qformer_class")):
+    for room, function in ((resamplers, "resampler_class"), (qformer, "qformer_class"), (gated, "gated_class")):
         fused |= dict.fromkeys((prefix + key for key in room.KEYS), f"{room.__name__}:{function}")
     for keys, function in ((blocks.ATTENTION, "attention"), (blocks.MLP, "mlp"), (blocks.LAYERS, "layer")):
         fused |= dict.fromkeys((prefix + key for key in keys), f"{blocks.__name__}:{function}_class")

@@ -1,7 +1,7 @@
 """Gated cross-attention-dense layers under upstream's names: OpenFlamingo and flamingo-pytorch, IDEFICS, Mllama.
 
-What holds for all is told in `gated_layers.py`. Keys and values of all layers in one product, and which media
-a token sees, are made once a step: `gated_media.MediaContext`.
+What holds for all is told in `gated_layers.py`. Keys and values of all layers of a model in one product, and the media
+that a token sees, are made once a step: `gated_media.MediaContext`.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def media_scores(
             seen = seen & (entry.to(tl.float32) >= 0)
     elif HAS_SPAN:
         seen = seen & (begin[:, None] <= medium[None, :]) & (medium[None, :] < end[:, None])
-    s = tl.where(seen, s, UNSEEN)
-    return tl.where(mask_n[None, :], s, float("-inf")), seen
+    # a key that is not there weighs nothing even where none is seen
+    return tl.where(seen, s, tl.where(mask_n, UNSEEN, float("-inf"))[None, :]), seen
 
 
 @triton.jit
@@ -155,13 +155,16 @@ def media_cross_attention_bwd_dq_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    k_ptr += b * stride_kb + g * stride_kg
+    v_ptr += b * stride_vb + g * stride_vg
+    visible_ptr += b * stride_seen_b
     for n in range(low * tokens // BLOCK_N * BLOCK_N, high * tokens, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        keys = attention_keys(k_ptr + b * stride_kb + g * stride_kg, offs_n, mask_n, stride_kn, K, BLOCK_K, PRODUCT)
-        values = attention_keys(v_ptr + b * stride_vb + g * stride_vg, offs_n, mask_n, stride_vn, K, BLOCK_K, PRODUCT)
+        keys = attention_keys(k_ptr, offs_n, mask_n, stride_kn, K, BLOCK_K, PRODUCT)
+        values = attention_keys(v_ptr, offs_n, mask_n, stride_vn, K, BLOCK_K, PRODUCT)
         _, ds = media_bwd_step(
-            q, dy, delta, top, inverse, keys, values, visible_ptr + b * stride_seen_b, seed, rows, begin, end, offs_m,
+            q, dy, delta, top, inverse, keys, values, visible_ptr, seed, rows, begin, end, offs_m,
             mask_m, offs_n, mask_n, n, tokens, stride_seen_m, stride_seen_j, scale, drop_below, factor, HAS_SPAN,
             VISIBLE, HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip

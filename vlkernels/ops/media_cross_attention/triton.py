@@ -93,7 +93,7 @@ def backward(dy, saved, needs, tokens, norm, eps, scale, p, dtype) -> dict[str, 
     else:
         if needs["q"] or needs["q_norm_weight"]:
             media_cross_attention_bwd_dq_kernel[(B * H * blocks,)](
-                *tensors, dy, y, stats, grads["q"], *numbers, **flags, num_stages=2
+                *tensors, dy, y, stats, grads["q"], *numbers, **(flags | {"num_warps": tiles.dq_warps}), num_stages=2
             )
         if need_kv and N:
             media_cross_attention_bwd_dkv_kernel[(B * G * triton.cdiv(N, tiles.back_n),)](
@@ -115,6 +115,7 @@ class Config:
     back_m: int
     back_n: int
     back_warps: int
+    dq_warps: int
 
 
 def config(tokens: int, head_dim: int, dtype: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
@@ -136,9 +137,11 @@ def config(tokens: int, head_dim: int, dtype: torch.dtype, device_arch: int, loa
     more = 0 < device_arch < 90 and not single
     if more:
         n = back_n = 32
-    return Config(
-        m, n, 8 if device_arch >= 100 and m == n == 64 else 4, 2, back_m, back_n, 8 if wide or single or more else 4
-    )
+        m, back_m = min(m, 32), min(back_m, 32)
+    # the rows that a loop reads its other operand against stay in registers, and in float32 each as two terms
+    back_warps = 8 if wide or single or more else 4
+    warps = 8 if (wide and not single and not more) or (device_arch >= 100 and m == n == 64) else 4
+    return Config(m, n, warps, 2, back_m, back_n, back_warps, 4 if wide and single else back_warps)
 
 
 def _call(q, k, v, span, visible, seed, tokens, scale, p, compute) -> tuple[tuple, tuple, dict]:
