@@ -139,6 +139,10 @@ def test_one_graph():
     x, position = torch.randn(2, 9, 32), (torch.randn(2, 9, 8), torch.randn(2, 9, 8))
     call = lambda x: layer(hidden_states=x, position_embeddings=position, attention_mask=None)[0]  # noqa: E731
     torch._dynamo.reset()
+    with vlkernels.use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        dtype = call(x).dtype
+    with vlkernels.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+        assert call(x).dtype == dtype == torch.float32  # of peft's rotated queries
     with vlkernels.use_backend("triton"):
         assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
 
