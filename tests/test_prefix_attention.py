@@ -1,5 +1,8 @@
 """prefix_attention: errors at the door, zero gates, one row, what is saved, layouts, and who gets a gradient."""
 
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
 
@@ -25,17 +28,17 @@ def leaves(kw: dict) -> dict:
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"k": torch.zeros(1, 65, 2, 12), "v": torch.zeros(1, 65, 2, 12)}, "the prefix has 65 rows; accepted: 1 to 64"),
-        ({"k": torch.zeros(1, 0, 2, 12), "v": torch.zeros(1, 0, 2, 12)}, "the prefix has 0 rows"),
-        ({"k": torch.zeros(1, 5, 3, 12), "v": torch.zeros(1, 5, 3, 12)}, "k has 3 heads; accepted: .* the 4 heads"),
-        ({"k": torch.zeros(3, 5, 2, 12), "v": torch.zeros(3, 5, 2, 12)}, r"accepted .* \(B or 1, P, G, K\) with B = 2"),
-        ({"v": torch.zeros(2, 5, 4, 12)}, "v has shape .* the shape of k"),
-        ({"q": torch.zeros(2, 37, 2, 12)}, "q has shape .* the shape of o"),
-        ({"gate": torch.zeros(3)}, r"gate has shape \(3,\); accepted: \(H,\) = \(4,\) or \(1,\)"),
-        ({"gate": torch.zeros(1, 4, 1, 1)}, "gate has shape"),
+        ({"k": torch.zeros(1, 65, 1, 12), "v": torch.zeros(1, 65, 1, 12)}, "the prefix has 65 rows; accepted: 1 to 64"),
+        ({"k": torch.zeros(1, 0, 1, 12), "v": torch.zeros(1, 0, 1, 12)}, "the prefix has 0 rows"),
+        ({"k": torch.zeros(1, 5, 3, 12), "v": torch.zeros(1, 5, 3, 12)}, "k has 3 heads; accepted: .* the 2 heads"),
+        ({"k": torch.zeros(3, 5, 1, 12), "v": torch.zeros(3, 5, 1, 12)}, r"accepted .* \(B or 1, P, G, K\) with B = 2"),
+        ({"v": torch.zeros(2, 5, 2, 12)}, "v has shape .* the shape of k"),
+        ({"q": torch.zeros(2, 33, 4, 12)}, "q has shape .* the shape of o"),
+        ({"gate": torch.zeros(3)}, r"gate has shape \(3,\); accepted: \(H,\) = \(2,\) or \(1,\)"),
+        ({"gate": torch.zeros(1, 2, 1, 1)}, "gate has shape"),
         ({"factor": torch.zeros(4)}, "factor has shape"),
         ({"scale": -1.0}, "scale is -1.0"),
-        ({"o": torch.zeros(2, 37, 48)}, r"accepted: \(B, L, H, K\)"),
+        ({"o": torch.zeros(2, 33, 24)}, r"accepted: \(B, L, H, K\)"),
     ],
 )
 def test_errors_at_the_door(changes, says):
@@ -47,7 +50,7 @@ def test_dtypes_at_the_door():
     with pytest.raises(TypeError, match="q has dtype torch.bfloat16, o has torch.float32"):
         prefix_attention(**given(q=given()["q"].detach().bfloat16()))
     with pytest.raises(TypeError, match="gate has dtype torch.int64"):
-        prefix_attention(**given(gate=torch.zeros(4, dtype=torch.int64)))
+        prefix_attention(**given(gate=torch.zeros(2, dtype=torch.int64)))
 
 
 @interpreted
@@ -126,6 +129,20 @@ def test_both_layouts_without_a_copy():
         y = prefix_attention(**kw, backend="triton")
     assert set(traffic.launches) == {"prefix_attention_fwd_kernel"} and y.is_contiguous()
     assert torch.equal(y, prefix_attention(**plain, backend="triton"))
+
+
+@interpreted
+def test_gates_of_more_tiles_than_one_pass_sums():
+    kw, kernels = given("one-gate"), prefix_attention.kernels["triton"]
+    want = torch.autograd.grad(prefix_attention(**kw, backend="triton").sum(), kw["gate"])[0]
+    config = kernels.config
+
+    def one_row(*args):
+        return dataclasses.replace(config(*args), gate_rows=1)
+
+    with mock.patch.object(kernels, "config", one_row):
+        got = torch.autograd.grad(prefix_attention(**kw, backend="triton").sum(), kw["gate"])[0]
+    assert float((got - want).abs()) <= 8 * compare.ulp(float(want.abs()), torch.float32)
 
 
 @interpreted

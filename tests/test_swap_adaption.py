@@ -139,6 +139,10 @@ def test_one_graph():
     x, position = torch.randn(2, 9, 32), (torch.randn(2, 9, 8), torch.randn(2, 9, 8))
     call = lambda x: layer(hidden_states=x, position_embeddings=position, attention_mask=None)[0]  # noqa: E731
     torch._dynamo.reset()
+    with vlkernels.use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        dtype = call(x).dtype
+    with vlkernels.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+        assert call(x).dtype == dtype == torch.float32  # of peft's rotated queries
     with vlkernels.use_backend("triton"):
         assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
 
@@ -148,3 +152,20 @@ def test_gpt2_is_left_with_a_reason():
     prompt = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
     m = peft.get_peft_model(transformers.GPT2LMHeadModel(config), prompt)
     assert "after the output projection" in str(vlkernels.swap(m))
+
+
+def test_our_module_is_pefts():
+    """Around the same projections, in float64 but for peft's float32 softmax; a bias of o_proj is refused."""
+    from vlkernels.modules import AdaptionPromptAttention
+
+    layer = model().double().get_submodule("base_model.model.model.layers.1.self_attn")
+    ours = AdaptionPromptAttention.from_plain(layer.model, 5)
+    assert ours.model.q_proj is layer.model.q_proj
+    ours.load_state_dict(layer.state_dict(), strict=True)
+    x, cos, sin = (torch.randn(2, 9, width, dtype=torch.float64) for width in (32, 8, 8))
+    want = layer(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None)[0].detach()
+    difference = float((ours(x, cos, sin) - want).detach().abs().max())
+    assert difference <= compare.ulp(float(want.abs().max()), torch.float32)
+    with pytest.raises(ValueError, match="o_proj has a bias"):
+        biased = model(attention_bias=True).get_submodule("base_model.model.model.layers.1.self_attn")
+        AdaptionPromptAttention.from_plain(biased.model, 5)

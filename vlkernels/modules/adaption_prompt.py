@@ -58,6 +58,22 @@ class AdaptionPromptAttention(nn.Module):
         self.adaption_prompt = nn.Parameter(torch.empty(1, adapter_len, width, **made).normal_())
         self.adaption_gate = nn.Parameter(torch.zeros(1, **made))
 
+    @classmethod
+    def from_plain(cls, attention: nn.Module, adapter_len: int) -> AdaptionPromptAttention:
+        """Around the projections of a transformers-type attention (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim`),
+        which are shared, not copied. Raises ValueError where o_proj has a bias."""
+        q, k, v, o = (getattr(attention, f"{n}_proj") for n in "qkvo")
+        if o.bias is not None:
+            raise ValueError("o_proj has a bias, which peft's adaption prompt adds twice; accepted: one without")
+        K, where = attention.head_dim, {"device": q.weight.device, "dtype": q.weight.dtype}
+        found = cls(
+            q.in_features, q.out_features // K, adapter_len, kv_heads=k.out_features // K, head_dim=K,
+            kv_bias=q.bias is not None, **where,
+        )  # fmt: skip
+        for name, linear in (("q", q), ("k", k), ("v", v), ("o", o)):
+            setattr(found.model, f"{name}_proj", linear)
+        return found
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         check_tokens("x", x, self.width)
         m = self.model

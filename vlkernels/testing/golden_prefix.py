@@ -166,7 +166,7 @@ _PEFT_KEYS = ("method", "n", "d", "ff", "heads", "kv_heads", "layers", "vocab", 
 def _prefix_encoder(hp: Named) -> PrefixEncoder:
     kv, head_dim = hp.get("kv_heads", 1), hp["d"] // hp.get("heads", 1)
     hidden = hp["enc_hidden"] if hp.get("projection") else None
-    return PrefixEncoder(hp["n"], hp["layers"], kv, head_dim, hidden=hidden, width=hp["d"])
+    return PrefixEncoder(hp["n"], hp["layers"], kv, head_dim, hidden=hidden)
 
 
 def _peft_prefix(hp: Named) -> tuple[nn.Module, Run]:

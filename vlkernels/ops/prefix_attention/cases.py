@@ -20,11 +20,11 @@ PRECISIONS = ("fp32", "bf16", "fp16", "bf16+fp32", "amp-bf16")
 
 CASES = (
     # every term at once: LLaMA-Adapter v2 with grouped heads
-    _case("everything", 2, 37, 5, 4, 12, G=2, factor=True, tags=("all-precisions", "sharp")),
+    _case("everything", 2, 33, 5, 2, 12, G=1, factor=True, tags=("all-precisions", "sharp")),
     # LLaMA-Adapter v1
     _case("shared", 3, 40, 10, 2, 16, shared=True, heads_first=True),
     # peft's AdaptionPrompt, grouped
-    _case("one-gate", 2, 21, 7, 4, 8, G=1, shared=True, one_gate=True, tanh=False, scale=0.3),
+    _case("one-gate", 2, 21, 7, 4, 8, G=2, shared=True, one_gate=True, tanh=False, scale=0.3),
     _case("one-row", 2, 19, 1, 2, 8, factor=True),
     _case("longest", 1, 70, 64, 1, 128, one_gate=True),
     _case("frozen", 2, 9, 3, 2, 6, frozen=True),

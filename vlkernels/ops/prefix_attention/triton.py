@@ -58,7 +58,7 @@ class Config:
     splits: programs that share the queries of one row of the prefix's batch and one key/value head in backward; each
     keeps its sums of dk and dv in registers and writes them once. per: tiles of each. together: dq, dk and dv in one
     launch, else in three, each of which reads q and dy. hold: of the one that gives dq, what of the prefix stays on
-    chip between its products: 2 keys and values, 1 values.
+    chip between its products: 2 keys and values, 1 values. gate_rows: tiles whose gates' gradients one pass sums.
     """
 
     l: int
@@ -69,6 +69,7 @@ class Config:
     per: int
     together: bool
     hold: int
+    gate_rows: int
 
 
 def config(dims: Dims, compute: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
@@ -94,7 +95,8 @@ def config(dims: Dims, compute: torch.dtype, device_arch: int, loaded: torch.dty
     programs = max(1, dims.S * dims.G)
     splits = max(1, min(tiles, triton.cdiv(2 * multiprocessors(device_arch), programs)))
     per = triton.cdiv(tiles, splits)
-    return Config(l, 4, back_l, back_warps, triton.cdiv(tiles, per), per, together, hold)
+    gate_rows = max(1, 512 // triton.next_power_of_2(dims.H))
+    return Config(l, 4, back_l, back_warps, triton.cdiv(tiles, per), per, together, hold, gate_rows)
 
 
 # -- forward and backward ------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def backward(dy, saved, needs, scale, tanh, dtype) -> dict[str, Tensor]:
             tiles.splits, B * blocks, pieces, sums, gate.stride(0) if gate.shape[0] > 1 else 0,
             K=K, HAS_DK=needs["k"], HAS_DV=needs["v"], HAS_DGATE=needs["gate"], HAS_DFACTOR=needs["factor"],
             ONE_GATE=gate.shape[0] == 1, TANH=tanh, HAS_FACTOR=factor is not None, BLOCK=SUM_BLOCK, BLOCK_H=block_h,
-            BLOCK_R=max(1, 2048 // block_h), num_warps=4,
+            BLOCK_R=tiles.gate_rows, num_warps=4,
         )  # fmt: skip
     return made
 
