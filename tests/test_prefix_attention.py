@@ -152,7 +152,7 @@ def test_any_of_the_gradients_alone(name):
     kw = given(name)
     y = prefix_attention(**kw, backend="triton")
     want = dict(zip(leaves(kw), torch.autograd.grad(y.sum(), list(leaves(kw).values())), strict=True))
-    for names in (("q",), ("k",), ("v",), ("gate",), ("o", "k")):
+    for names in (("q",), ("v",), ("gate",), ("o", "k")):
         some = {n: t.detach().requires_grad_(n in names) if isinstance(t, torch.Tensor) else t for n, t in kw.items()}
         y = prefix_attention(**some, backend="triton")
         for n, grad in zip(names, torch.autograd.grad(y.sum(), [some[n] for n in names]), strict=True):
