@@ -136,7 +136,7 @@ def test_reference_is_stock(kind):
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["idefics", "mllama"])
+@pytest.mark.parametrize("kind", ["idefics", pytest.param("mllama", marks=pytest.mark.slow)])
 def test_falls_back_and_copies(kind):
     """A hook on a child, or another class of it, runs stock with a reason; copies train apart."""
     model, call = made(kind)
@@ -180,6 +180,7 @@ def test_upstreams_errors_and_its_cache():
 
 
 @interpreted
+@pytest.mark.slow
 def test_compiles():
     model, call = made("mllama")
     vlkernels.swap(model, strict=True)

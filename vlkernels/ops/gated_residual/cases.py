@@ -20,9 +20,10 @@ def _case(name, T, C, gates=1, inner=0, tags=(), recipe="", **options) -> Case:
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16+fp32")
 
 CASES = (
+    # the one that compiles and the like run on: no program for each row
+    _case("product", 33, 20, gates=20, inner=12, norm="rms", mask=True, tags=("all-precisions", "sharp")),
     # every term at once
-    _case("everything", 33, 52, gates=4, norm="layer", bias=True, mask=True, p=0.25, tags=("all-precisions", "sharp")),
-    _case("product", 33, 40, gates=40, inner=20, norm="rms", mask=True, tags=("all-precisions",)),
+    _case("everything", 11, 20, gates=4, norm="layer", bias=True, mask=True, p=0.25, tags=("all-precisions", "sharp")),
     _case("one gate", 13, 30, tags=("all-precisions",)),
     _case("product, one gate", 9, 24, inner=10),
     _case("raw gate of each channel", 11, 24, gates=24, tanh=False, mask=True),
@@ -68,11 +69,12 @@ def _scaled(name: str, factor: float):
 # How to leave a term out, or halve it, in the arguments: the engine must see each change fail.
 TERMS = {
     "branch dropped": _scaled("branch", 0.0),
+    "product halved": _scaled("inner", 0.5),
     "gates turned": lambda kw: kw | {"gate": kw["gate"].detach().flip(0)},
     "no tanh": lambda kw: kw | {"tanh": False},
     "mask dropped": lambda kw: kw | {"row_mask": None},
     "norm_bias dropped": _scaled("norm_bias", 0.0),
-    "another mask": lambda kw: kw | {"seed": kw["seed"] + 1},
+    "another mask": lambda kw: kw | {"seed": kw["seed"] + 1} if kw["seed"] is not None else None,
 }
 
 

@@ -6,6 +6,8 @@ product's own addition and the gate's gradient falls off the weight's.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +50,7 @@ def forward(
     stats = torch.empty((rows, 2) if norm != "none" else (0,), dtype=torch.float32, device=x.device)
     if rows:
         x, branch = _rows(x), _rows(branch)
-        tiles = config(rows, C, arch(x))
+        tiles = config(rows, C, arch(x), branch.dtype == torch.float32)
         gated_residual_fwd_kernel[(rows,)](
             x, branch, gate.reshape(-1), _mask(row_mask), norm_weight, norm_bias, seed, y, n, stats, C,
             C // gate.numel(), x.stride(0), branch.stride(0), eps, threshold(p), keep_factor(p), TANH=tanh, NORM=norm,
@@ -74,7 +76,9 @@ def backward(dy, dn, saved, needs, tanh, norm, eps, p, dtype) -> dict[str, Tenso
         if dn is not None:
             skip = None if dy is None else dy.reshape(-1, C)
             wanted = {"x": True, "norm_weight": needs["norm_weight"], "norm_bias": needs["norm_bias"]}
-            grads = _norm.norm_backward(dn.reshape(-1, C), y, norm_weight, norm_bias, stats, norm, 1, wanted, skip=skip)
+            grads = _norm.norm_backward(
+                dn.reshape(-1, C).contiguous(), y, norm_weight, norm_bias, stats, norm, 1, wanted, skip=skip
+            )
             dy = grads.pop("x")
         found = _product_backward(dy, gate, inner, weight, row_mask, tanh, dtype or inner.dtype, needs)
         return grads | found | ({"x": dy} if needs["x"] else {})
@@ -94,7 +98,7 @@ def _branch_backward(
         grads["x"] = torch.empty(given.shape, dtype=given.dtype, device=given.device) if dn is not None else dy
     if needs["branch"]:
         grads["branch"] = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
-    tiles = config(rows, C, arch(given))
+    tiles = config(rows, C, arch(given), branch.dtype == torch.float32)
     made = {"dtype": torch.float32, "device": given.device}
     gate_parts = torch.empty((tiles.programs, 1 if G == 1 else C), **made) if needs["gate"] else None
     sums = bool(affine) and dn is not None
@@ -132,9 +136,11 @@ def _through_tanh(d: Tensor, gate: Tensor, tanh: bool) -> Tensor:
 TOGETHER = 2048  # channels up to which the gate's and the norm's sums share a launch
 
 
-def config(rows: int, channels: int, device_arch: int) -> _norm.Config:
-    """As the norm's kernels; one Philox call serves 8 columns, so a block has no fewer. Not timed on a GPU yet."""
-    return _norm.config(rows, max(8, channels), device_arch)
+def config(rows: int, channels: int, device_arch: int, single: bool = False) -> _norm.Config:
+    """As norm_residual's; with a float32 branch 16 columns a thread, for at 8 its dropout spills. Not timed on a GPU
+    yet."""
+    tiles = _norm.config(rows, max(8, channels), device_arch)
+    return dataclasses.replace(tiles, warps=max(4, min(16, tiles.block // (512 if single else 128))))
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "amp-bf16")
 CASES = (
     # tiles of keys that no token of a tile sees; tokens before the first medium and, where late, past the last one
     _case("immediate", 2, 33, 3, 9, 1, 12, late=True, p=0.1, tags=("all-precisions", "sharp")),
-    _case("visible", 2, 20, 4, 11, 2, 12, G=1, mask="visible", norm="rms", tags=("all-precisions", "sharp")),
+    _case("visible", 2, 12, 4, 11, 2, 12, G=1, mask="visible", norm="rms", tags=("all-precisions", "sharp")),
     _case("previous", 2, 37, 5, 16, 1, 10, mask="previous"),
     _case("additive", 1, 18, 3, 15, 2, 8, mask="additive"),
     _case("unmasked", 1, 17, 1, 35, 1, 96, mask="none"),

@@ -91,9 +91,18 @@ def backward(dy, saved, needs, tokens, norm, eps, scale, p, dtype) -> dict[str, 
         for t in grads.values():
             t.zero_()
     else:
+        # wide float32 heads that share keys spill with two stages
+        stages = 1 if compute == torch.float32 and K > 64 and G < H else 2
         if needs["q"] or needs["q_norm_weight"]:
             media_cross_attention_bwd_dq_kernel[(B * H * blocks,)](
-                *tensors, dy, y, stats, grads["q"], *numbers, **(flags | {"num_warps": tiles.dq_warps}), num_stages=2
+                *tensors,
+                dy,
+                y,
+                stats,
+                grads["q"],
+                *numbers,
+                **(flags | {"num_warps": tiles.dq_warps}),
+                num_stages=stages,
             )
         if need_kv and N:
             media_cross_attention_bwd_dkv_kernel[(B * G * triton.cdiv(N, tiles.back_n),)](
