@@ -46,9 +46,11 @@ def _pretend(arch: int, library: bool) -> Iterator[None]:
         mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
     ]
     if library:
+        held = [folder.name for folder in (ROOT / "csrc").iterdir() if list(folder.glob("*.cu"))]
         patches += [
             mock.patch.object(_library, "load", lambda: None),
             mock.patch.object(_library, "covers", lambda c: True),
+            mock.patch.object(_library, "info", lambda: {"ops": held, "archs": [f"sm_{arch}"]}),
         ]
     with contextlib.ExitStack() as stack:
         for patch in patches:
@@ -91,7 +93,8 @@ def compiled(op: Op, backend: str, precision: Precision, arch: int, aot: list[di
 
 def _build_targets(op: Op) -> list[str]:
     """Architectures that setup.py builds the op's CUDA kernels for."""
-    if not list((ROOT / "csrc" / op.name).glob("*.cu")):
+    folder = getattr(_kernels(op, "cuda"), "SOURCES", op.name)
+    if not list((ROOT / "csrc" / folder).glob("*.cu")):
         return []
     found = re.search(r'^DEFAULT_ARCHS = "([^"]+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
     return os.environ.get("VLKERNELS_ARCHS", found[1] if found else "").split()

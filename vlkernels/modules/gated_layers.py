@@ -20,7 +20,7 @@ from ..ops.mlp_projector import mlp_projector
 from ._children import child_problem
 from ._parts import norm_options, packed_projection
 from .gated_media import MediaContext
-from .resampler_layers import plain
+from .resampler_layers import fusable
 
 
 class GatedAttention:
@@ -45,7 +45,7 @@ class GatedAttention:
         """y (B, T, H K) before the out projection; x is normalised by `norm` first."""
         mask, linear = context.mask, self.part("q")
         mask.check(x, kv["k"].shape[1])
-        if plain(norm, linear):
+        if fusable(norm, linear):
             q = packed_projection(x, norm, [linear.weight], None)[0]
         else:
             q = linear(x if norm is None else norm(x))
@@ -65,7 +65,7 @@ class GatedAttention:
 
 def gated_attention(x: Tensor, y: Tensor, out: nn.Module, gate: Tensor, p: float = 0.0) -> Tensor:
     """x + tanh(gate) dropout(out(y))"""
-    if p == 0.0 and plain(out):
+    if p == 0.0 and fusable(out):
         return gated_residual(x, gate, inner=y, weight=out.weight)[0]
     return gated_residual(x, gate, out(y), p=p)[0]
 
@@ -84,7 +84,7 @@ def gated_mlp(
     p: float = 0.0,
 ) -> Tensor:
     """x + tanh(gate) row_mask dropout(down(act(up(n)))), n = norm(x); own_gate: act(own_gate(n)) up(n) within."""
-    if not plain(norm, up, down, own_gate):
+    if not fusable(norm, up, down, own_gate):
         n = norm(x)
         h = ACTS[act](up(n)) if own_gate is None else ACTS[act](own_gate(n)) * up(n)
         return gated_residual(x, gate, down(h), row_mask=row_mask, p=p)[0]

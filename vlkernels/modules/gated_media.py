@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.media_cross_attention import spans
 from ._kv import layers_kv
-from .resampler_layers import plain
+from .resampler_layers import fusable
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class MediaContext:
         """media: (B, N, C), or OpenFlamingo's (B, J, n, C)."""
         media = media.flatten(1, 2) if media.dim() == 4 else media
         attentions = [layer.attention for layer in layers]
-        fused = [plain(*a.kv) for a in attentions]
+        fused = [fusable(*a.kv) for a in attentions]
         together = [a for a, fits in zip(attentions, fused, strict=True) if fits]
         found = {}
         if together:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import _two_source
 from . import triton as passes
 
+SOURCES = "two_source"  # below csrc
+
 
 def refuses(
     x, w1, w2, b1, b2, norm_weight, norm_bias, wg, scale, row_mask, act, gated, norm, norm_act, eps, shuffle, merge,

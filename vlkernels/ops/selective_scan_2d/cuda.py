@@ -10,6 +10,7 @@ from ... import _library
 from . import triton as plain
 from .reference import ORDERS, chunk_length
 
+SOURCES = "selective_scan"  # below csrc
 MAX_STATE = 16
 _MINIMUM = (8, 0)
 # bytes of shared memory that one block can have
