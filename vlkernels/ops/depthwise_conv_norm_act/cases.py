@@ -33,9 +33,9 @@ CASES = (
     _case("c-abstractor B16", 16, 24, 24, 1024, norm_bias=True, act="silu", means=True, tags=("bench",),
           recipe="Honeybee's C-Abstractor, first stage, 16 images"),
     _case("c-abstractor B16 level1", 16, 24, 24, 1024, norm_bias=True, act="silu", means=True, level=1,
-          tags=("bench",), recipe="Honeybee's C-Abstractor, first stage, 16 images"),
-    _case("ldp B16", 16, 24, 24, 2560, stride=2, norm_bias=True, act="hardswish", means=True, tags=("bench",),
-          recipe="MobileVLM-2.7B's LDP, second block, 16 images"),
+          tags=("bench", "uncounted"), recipe="Honeybee's C-Abstractor, first stage, 16 images"),
+    _case("ldp B16", 16, 24, 24, 2560, stride=2, norm_bias=True, act="hardswish", means=True,
+          tags=("bench", "uncounted"), recipe="MobileVLM-2.7B's LDP, second block, 16 images"),
     _case("ldpv2 B16", 16, 12, 12, 2048, norm="none", bias=True, skip=True, tags=("bench",),
           recipe="MobileVLM V2 1.7B's LDPv2, 16 images"),
 )  # fmt: skip
