@@ -39,12 +39,13 @@ CASES = (
         for name, T, K, N, biases, tags, recipe in (
             ("cogvlm qkv B4", 5928, 4096, 12288, (), ("uncounted",), "CogVLM-17B, 4 x (1225 of an image, 257 of text)"),
             ("cogvlm gate B4", 5928, 4096, 11008, (), ("uncounted",), "CogVLM-17B's feed-forward, 4 images"),
-            ("cogvlm2 qkv B4", 5928, 4096, 6144, (1,), (), "CogVLM2-8B, 8 groups of 128, a bias for the images"),
+            ("cogvlm2 qkv B4", 5928, 4096, 6144, (1,), ("uncounted",), "CogVLM2-8B, 8 groups, a bias for the images"),
+            ("cogvlm2 k B4", 5928, 4096, 1024, (1,), (), "CogVLM2-8B's keys by themselves, 8 groups of 128"),
         )
     ),
     _case("cogvlm down B4", 5928, 11008, 4096, ("bench", "uncounted"), "CogVLM-17B's feed-forward with its gate",
           runs=_COGVLM, trained=(1,), gated=True),
-    _case("mplug-owl2 k B16", 6144, 4096, 4096, ("bench",), "mPLUG-Owl2, 16 x (64 of an image, 320 of text)",
+    _case("mplug-owl2 k B16", 6144, 4096, 4096, ("bench", "uncounted"), "mPLUG-Owl2, 16 x (64 of an image, 320 of text)",
           runs=((0, 0.1), (1, 1 / 6), (0, 1 - 0.1 - 1 / 6))),
 )  # fmt: skip
 
