@@ -150,7 +150,7 @@ class _Shapes(Make):
 
 def _tiles(case: Case, itemsize: int):
     dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-    return config(_batch(case)[1], case["K"], dtype, arch(torch.empty(0)), dtype)
+    return config(_batch(case)[1], case["K"], dtype, arch(torch.empty(0)), dtype, bool(case.get("p")))
 
 
 def flops(case: Case) -> dict[str, int]:

@@ -56,7 +56,7 @@ def forward(
     stats = torch.empty((B, H, M, 2), dtype=torch.float32, device=q.device)
     if y.numel():
         tensors, numbers, flags = _call(q, k, v, span, visible, seed, tokens, scale, p, compute)
-        tiles = config(M, K, compute, arch(q), q.dtype)
+        tiles = config(M, K, compute, arch(q), q.dtype, p > 0.0)
         blocks = triton.cdiv(M, tiles.m)
         media_cross_attention_fwd_kernel[(B * H * blocks,)](
             *tensors, y, stats, *numbers, blocks, **flags, BLOCK_M=tiles.m, BLOCK_N=tiles.n, num_warps=tiles.warps,
@@ -79,7 +79,7 @@ def backward(dy, saved, needs, tokens, norm, eps, scale, p, dtype) -> dict[str, 
     dy = dy.to(compute)
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
     tensors, numbers, flags = _call(q, k, v, span, visible, seed, tokens, scale, p, compute)
-    tiles = config(M, K, compute, arch(y), q.dtype)
+    tiles = config(M, K, compute, arch(y), q.dtype, p > 0.0)
     flags |= {"BLOCK_M": tiles.back_m, "BLOCK_N": tiles.back_n, "num_warps": tiles.back_warps}
     blocks = triton.cdiv(M, tiles.back_m)
     numbers = (*numbers, *dy.stride()[:3], blocks)
@@ -127,7 +127,9 @@ class Config:
     dq_warps: int
 
 
-def config(tokens: int, head_dim: int, dtype: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
+def config(
+    tokens: int, head_dim: int, dtype: torch.dtype, device_arch: int, loaded: torch.dtype, dropout: bool
+) -> Config:
     """loaded: the dtype that q is read in, where a kernel rounds it to `dtype` itself (autocast).
 
     The steps are cross_attention's, found by compiling: the largest tiles without a spill. Not timed on a GPU yet.
@@ -136,21 +138,25 @@ def config(tokens: int, head_dim: int, dtype: torch.dtype, device_arch: int, loa
     rows = max(16, triton.next_power_of_2(tokens))
     # float32 products take three tf32 terms each, and twice the registers
     m = min(rows, 64 if not single else 16 if wide else 32)
-    n = 32 if single or wide else 64
+    n = 16 if single and wide else 32 if single or wide else 64
     back_m, back_n = min(rows, 32 if single else 64), 32 if single or wide else 64
     if single and wide:
         back_m, back_n = 16, 16
     elif wide and loaded == torch.float32:
         back_m, back_n = min(back_m, 32), 32 if device_arch < 100 else 16
+    # the mask takes registers beside both products
+    if dropout:
+        back_n = min(back_n, 16 if single else 32)
     # without wgmma the operands of a product lie in registers too
     more = 0 < device_arch < 90 and not single
     if more:
-        n = back_n = 32
+        n, back_n = 32, min(back_n, 32)
         m, back_m = min(m, 32), min(back_m, 32)
     # the rows that a loop reads its other operand against stay in registers, and in float32 each as two terms
     back_warps = 8 if wide or single or more else 4
     warps = 8 if (wide and not single and not more) or (device_arch >= 100 and m == n == 64) else 4
-    return Config(m, n, warps, 2, back_m, back_n, back_warps, 4 if wide and single else back_warps)
+    stages = 1 if single and wide else 2
+    return Config(m, n, warps, stages, back_m, back_n, back_warps, 4 if wide and single else back_warps)
 
 
 def _call(q, k, v, span, visible, seed, tokens, scale, p, compute) -> tuple[tuple, tuple, dict]:

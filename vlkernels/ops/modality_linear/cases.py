@@ -45,7 +45,7 @@ CASES = (
     ),
     _case("cogvlm down B4", 5928, 11008, 4096, ("bench", "uncounted"), "CogVLM-17B's feed-forward with its gate",
           runs=_COGVLM, trained=(1,), gated=True),
-    _case("mplug-owl2 k B16", 6144, 4096, 4096, ("bench", "uncounted"), "mPLUG-Owl2, 16 x (64 of an image, 320 of text)",
+    _case("mplug-owl2 k B16", 6144, 4096, 4096, ("bench", "uncounted"), "mPLUG-Owl2, 16 x (64 of image, 320 of text)",
           runs=((0, 0.1), (1, 1 / 6), (0, 1 - 0.1 - 1 / 6))),
 )  # fmt: skip
 
