@@ -10,6 +10,7 @@ from test_csrc import ARCHS, objects, ptxas_usage  # noqa: F401  (a fixture)
 from test_csrc_update import host_library
 
 from vlkernels import backends
+from vlkernels.ops import _compiled
 from vlkernels.ops.deformable_attention import cases, cuda
 from vlkernels.testing import compare
 from vlkernels.testing.case import PRECISIONS, Case, Make
@@ -35,7 +36,7 @@ def gradients(ops, arguments: dict, dy_seed: int, precision) -> dict[str, torch.
     """y and all gradients of the compiled kernels, named as compare.run names them."""
     values = dict(zip(NAMES, OP.values(**arguments), strict=True))
     assert (
-        cuda.unfit(*(values[n] for n in ("value", "points", "weights", "reference", "dtype")), cuda._LEAST_SHARED)
+        cuda.unfit(*(values[n] for n in ("value", "points", "weights", "reference", "dtype")), _compiled.LEAST_SHARED)
         is None
     )
     tensors = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in values.items()}
@@ -167,7 +168,7 @@ def test_refusals():
     # what a block holds on each device: honeybee's maps fit all of these
     honeybee = torch.empty(1, 576, 8, 128, dtype=torch.bfloat16, device="meta")
     for capability in (80, 86, 90, 100, 120):
-        assert cuda.unfit(honeybee, points, weights, reference, None, cuda.shared_limit(capability)) is None
+        assert cuda.unfit(honeybee, points, weights, reference, None, _compiled.shared_limit(capability)) is None
 
 
 def test_chunk_counts():

@@ -74,9 +74,10 @@ def test_padding_is_zero_and_gets_no_gradient(backend):
     y = modality_linear(**kw, backend=backend)
     y.sum().backward()
     assert not y[:9].any() and y[9:].all()
-    for name in ("w0", "w1", "b0") if backend == "triton" else ():
-        assert kw[name].grad.isfinite().all()
-    assert not kw["x"].grad[:9].any() if backend == "triton" else True
+    # the reference multiplies padding by zeros, and infinity by zero is no number
+    if backend == "triton":
+        assert all(kw[name].grad.isfinite().all() for name in ("w0", "w1", "b0"))
+        assert not kw["x"].grad[:9].any()
 
 
 def test_weights_of_other_strides():

@@ -41,11 +41,14 @@ def through(
     return y
 
 
-def check_modality(name: str, t: Tensor, shape: tuple[int, int]) -> Tensor:
-    """t (B, L) as int32, after an error for another shape, dtype or number than 0 and 1.
+def _modality(name: str, t: Tensor | None, x: Tensor) -> Tensor:
+    """t (B, L) as int32, zeros where it is None, after an error for another shape, dtype or number than 0 and 1.
 
     The numbers are compared on the device: on a GPU the assertion stops the kernels behind it and nothing waits here.
     """
+    shape = tuple(x.shape[:2])
+    if t is None:
+        return torch.zeros(shape, dtype=torch.int32, device=x.device)
     if not isinstance(t, Tensor) or t.dtype.is_floating_point or t.dtype.is_complex:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} is {got}; accepted: a tensor of booleans or integers, 0 and 1")
@@ -243,13 +246,8 @@ class CogVLMDecoderLayer(nn.Module):
         cache: Cache | None = None,
         use_cache: bool = False,
     ) -> Tensor | tuple[Tensor, Cache]:
-        _check_stream(x, self.hidden_size)
-        past = 0 if cache is None else cache[0].shape[2]
-        _check_mask(attention_mask, x, past)
-        if token_type_ids is None:
-            types = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
-        else:
-            types = check_modality("token_type_ids", token_type_ids, tuple(x.shape[:2]))
+        past = _past(x, self.hidden_size, attention_mask, cache)
+        types = _modality("token_type_ids", token_type_ids, x)
         if position_ids is None:
             if past:
                 raise ValueError("position_ids is None; accepted with a cache: (B, L), for images share positions")
@@ -349,13 +347,8 @@ class MPLUGOwl2DecoderLayer(nn.Module):
         cache: Cache | None = None,
         use_cache: bool = False,
     ) -> Tensor | tuple[Tensor, Cache]:
-        _check_stream(x, self.hidden_size)
-        past = 0 if cache is None else cache[0].shape[2]
-        _check_mask(attention_mask, x, past)
-        if modality_indicators is None:
-            index = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
-        else:
-            index = check_modality("modality_indicators", modality_indicators, tuple(x.shape[:2]))
+        past = _past(x, self.hidden_size, attention_mask, cache)
+        index = _modality("modality_indicators", modality_indicators, x)
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[:2])
         cos_sin = rotary(position_ids, self.head_dim, self.rope_theta)
@@ -376,6 +369,10 @@ def _check_heads(hidden_size: int, heads: int, kv_heads: int) -> None:
         )
 
 
-def _check_stream(x: Tensor, hidden_size: int) -> None:
+def _past(x: Tensor, hidden_size: int, mask: Tensor | None, cache: Cache | None) -> int:
+    """Tokens in the cache, after an error for an x or a mask of another shape."""
     if x.dim() != 3 or x.shape[-1] != hidden_size:
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: (B, L, {hidden_size})")
+    past = 0 if cache is None else cache[0].shape[2]
+    _check_mask(mask, x, past)
+    return past

@@ -9,26 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _library
-from .. import _refuse
+from .. import _compiled, _refuse
 from .._device import arch, multiprocessors
 from . import triton as tiled
 
-_MINIMUM = (8, 0)
 # as csrc/deformable_attention: threads' points and sums beside the map, and what one block's sums hold
 _STAGED, _BATCH, _SUMS = 16 * 32 * 16, 512 * 16, 16 * 1024
 MAX_LEVELS, MAX_POINTS = 8, 32
-# bytes of shared memory that one block can have, by compute capability; the least of all from 8.0 on elsewhere
-_SHARED = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
-_LEAST_SHARED = 101_376
 
 
 def refuses(value, points, weights, reference, shapes, softmax, dtype) -> str | None:
     if not value.is_cuda:
         return f"value is on {value.device.type}; compiled kernels run on CUDA devices"
-    if (reason := missing(value.device.index)) is not None:
+    if (reason := _compiled.missing("deformable_attention", value.device.index)) is not None:
         return reason
-    return unfit(value, points, weights, reference, dtype, shared_limit(arch(value)))
+    return unfit(value, points, weights, reference, dtype, _compiled.shared_limit(arch(value)))
 
 
 def unfit(value, points, weights, reference, dtype, limit: int) -> str | None:
@@ -52,30 +47,6 @@ def unfit(value, points, weights, reference, dtype, limit: int) -> str | None:
 
 def declines(value, points, weights, reference, shapes, softmax, dtype) -> str | None:
     return "not measured on a GPU yet; backend='cuda' forces it"
-
-
-def shared_limit(capability: int) -> int:
-    """Bytes of shared memory that a block can have on a device of this compute capability."""
-    return _SHARED.get(capability, _LEAST_SHARED)
-
-
-@torch.compiler.assume_constant_result
-def missing(device: int | None = None) -> str | None:
-    """Why the compiled kernels cannot run on this CUDA device (default: the current one), or None."""
-    reason = _library.load()
-    if reason is not None:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    name = "sm_{}{}".format(*capability)
-    if capability < _MINIMUM:
-        return f"the device is {name}; the kernel needs sm_80 or later"
-    if not _library.covers(capability):
-        return f"the device is {name}; the library holds {', '.join(_library.info()['archs'])}"
-    if "deformable_attention" not in _library.info()["ops"]:
-        return "the library was built without deformable_attention"
-    return None
 
 
 def chunks(images: int, heads: int, queries: int, points: int, capability: int) -> int:
@@ -107,7 +78,7 @@ def run_forward(ops, value, points, weights, reference, shapes, softmax) -> tupl
         capability = arch(value)
         ops.deformable_attention_fwd(
             value, points, weights, reference, shapes, softmax, chunks(B, H, M, L * P, capability),
-            shared_limit(capability), y, stats,
+            _compiled.shared_limit(capability), y, stats,
         )  # fmt: skip
     return y, stats
 
@@ -124,7 +95,7 @@ def run_backward(ops, dy, saved, needs, shapes, softmax) -> dict[str, Tensor]:
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
     value, points, weights, reference = tiled.laid_out(value, points, weights, reference)
     capability = arch(dy)
-    limit, parts = shared_limit(capability), None
+    limit, parts = _compiled.shared_limit(capability), None
     if needs["reference"]:
         parts = torch.empty((B, M, H, reference.shape[2], 2), dtype=torch.float32, device=dy.device)
     if needs["points"] or needs["weights"] or needs["reference"]:

@@ -6,11 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _library
-from .. import _lora_two_source, _two_source
+from .. import _compiled, _lora_two_source, _two_source
 from . import triton as skinny
-
-_MINIMUM = (8, 0)
 
 
 def refuses(x, weight, a, b, bias, lora_bias, base, seed, quant, scale, p, dtype, blocksize, quant_dtype) -> str | None:
@@ -35,21 +32,9 @@ def backward(dy, **context) -> dict[str, Tensor]:
     return skinny.backward(dy, **context, update=_update, product=_product)
 
 
-@torch.compiler.assume_constant_result
 def missing(device: int | None = None) -> str | None:
     """Why the compiled kernel cannot run on this CUDA device (default: the current one), or None."""
-    reason = _library.load()
-    if reason is not None:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    name = "sm_{}{}".format(*capability)
-    if capability < _MINIMUM:
-        return f"the device is {name}; the kernel needs sm_80 or later"
-    if not _library.covers(capability):
-        return f"the device is {name}; the library holds {', '.join(_library.info()['archs'])}"
-    return None
+    return _compiled.missing("lora_linear", device)
 
 
 def update(

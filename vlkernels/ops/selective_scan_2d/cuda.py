@@ -6,21 +6,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _library
+from .. import _compiled
+from .._device import arch
 from . import triton as plain
 from .reference import ORDERS, chunk_length
 
 SOURCES = "selective_scan"  # below csrc
 MAX_STATE = 16
-_MINIMUM = (8, 0)
-# bytes of shared memory that one block can have
-_SHARED = {(8, 0): 166_912, (8, 6): 101_376, (8, 7): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448}
 
 
 def refuses(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus) -> str | None:
     if not u.is_cuda:
         return f"u is on {u.device.type}; compiled kernels run on CUDA devices"
-    if (reason := missing(u.device.index)) is not None:
+    if (reason := _compiled.missing(SOURCES, u.device.index)) is not None:
         return reason
     if (reason := plain.refuses(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus)) is not None:
         return reason
@@ -30,7 +28,7 @@ def refuses(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, sof
         if t is not None and t.dtype != u.dtype:
             return f"{name} is {t.dtype}, u {u.dtype}; the compiled kernels take one dtype"
     needed = shared_bytes(u.shape[1], len(scan), u.element_size())
-    limit = _SHARED.get(torch.cuda.get_device_capability(u.device), 101_376)
+    limit = _compiled.shared_limit(arch(u))
     if needed > limit:
         return f"{u.shape[1]} tokens need {needed} bytes of shared memory; the device has {limit}"
     return None
@@ -43,24 +41,6 @@ def declines(*values) -> str | None:
 def shared_bytes(L: int, K: int, itemsize: int) -> int:
     """Of a block of the backward pass, as csrc/selective_scan counts them: tiles of b and c, marks, and u."""
     return K * 8 * 32 * 4 + K * (chunk_length(L) // 8) * 16 * 32 * 4 + L * 32 * itemsize
-
-
-@torch.compiler.assume_constant_result
-def missing(device: int | None = None) -> str | None:
-    """Why the compiled kernels cannot run on this CUDA device (default: the current one), or None."""
-    if (reason := _library.load()) is not None:
-        return reason
-    if not hasattr(torch.ops.vlkernels_cuda, "selective_scan_forward"):
-        return "the compiled library was built without the selective scan"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    name = "sm_{}{}".format(*capability)
-    if capability < _MINIMUM:
-        return f"the device is {name}; the kernels need sm_80 or later"
-    if not _library.covers(capability):
-        return f"the device is {name}; the library holds {', '.join(_library.info()['archs'])}"
-    return None
 
 
 def forward(*values) -> tuple[Tensor, Tensor, Tensor]:
