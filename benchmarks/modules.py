@@ -1,6 +1,6 @@
-"""Resampler, Q-Former, BLIP-2 stage 1 at published sizes, and a Llama layer with LoRA: bytes, FLOPs, launches.
+"""Modules at published sizes, and a Llama layer with LoRA: bytes, FLOPs, launches.
 
-    python -m benchmarks.modules [--json benchmarks/results/modules.json] [--only resampler,qformer,stage1,layer]
+    python -m benchmarks.modules [--json benchmarks/results/modules.json] [--only resampler,qformer,stage1,layer,kept]
 
 Saved bytes are read off the graph that a forward on meta tensors builds at full size; the kernels' operators say there
 what they keep. FLOPs and launches are counted in Triton's interpreter at full width, on one image, each way.
@@ -28,12 +28,12 @@ from vlkernels import backends
 from vlkernels.modules import Blip2Stage1, PerceiverResampler, QFormer
 from vlkernels.testing import meter
 
-from . import layer, upstream
+from . import layer, module_bytes, upstream
 from .memory import _dropout
 from .record import RESULTS
 
 BATCH = 64
-PARTS = ("stage1", "layer", "qformer", "resampler")
+PARTS = ("kept", "stage1", "layer", "qformer", "resampler")
 
 
 @dataclass
@@ -221,7 +221,18 @@ def _dicts(found: list) -> list[dict]:
     return [asdict(figure) for figure in found]
 
 
+def kept() -> dict[str, dict]:
+    """Saved bytes of the modules of module_bytes."""
+    found = {}
+    for name, subject in module_bytes.KEPT.items():
+        figures = list(module_bytes.kept(subject, on_meta))
+        print(name, figures, file=sys.stderr, flush=True)
+        found[name] = {"title": subject.title, "per": subject.per, "figures": figures}
+    return found
+
+
 COUNTS = {
+    "kept": lambda: {"kept": kept()},
     "resampler": lambda: {"resampler": _dicts(resampler()), "resampler forward launches, unsplit": unsplit_launches()},
     "qformer": lambda: {"qformer": {f"dropout {p}": _dicts(qformer(p)) for p in (0.0, 0.1)}},
     "stage1": lambda: {"stage1": stage1()},

@@ -318,6 +318,24 @@ def module_lines(record: dict) -> list[str]:
     ]
 
 
+def kept_lines(record: dict) -> list[str]:
+    """What modules keep beside upstream's own code."""
+    body = []
+    for module in record["kept"].values():
+        for f in module["figures"]:
+            size = f["bytes"] / 2**20
+            size = f"{size:.2f} MiB" if size >= 1 else f"{f['bytes'] / 2**10:.1f} KiB"
+            shares = " / ".join(f"{share:.3f}" for share in f.get("of", [])) or "-"
+            body.append([module["title"], f["version"], f"{size} per {module['per']}", shares])
+    return [
+        *table(("module", "version", "saved for backward", "of eager (each version)"), body),
+        "",
+        "bf16, published sizes, weights and media apart, inputs counted where eager keeps them; eager is upstream's "
+        "code in plain PyTorch, ours with torch's fused attention and RMSNorm. "
+        "`python -m benchmarks.modules --only kept`.",
+    ]
+
+
 def layer_lines(record: dict) -> list[str]:
     """A Llama layer with LoRA on its seven linears."""
     body = [[f["version"], f"{f['saved_kb']:.0f}", str(f["launches"])] for f in record["layer"]]
@@ -335,6 +353,7 @@ def sections(results: Path = RESULTS) -> dict[str, list[str]]:
         "support": support_lines(results),
         "memory": memory_lines(memory) if memory else ["not counted yet: `python -m benchmarks.memory`"],
         "modules": module_lines(modules) if modules else [NO_MODULES],
+        "kept": kept_lines(modules) if modules else [NO_MODULES],
         "layer": layer_lines(modules) if modules else [NO_MODULES],
         "speed": readme_speed_lines(results),
         "ladder": ladder_lines(memory, results) if memory else [NOT_MEASURED],

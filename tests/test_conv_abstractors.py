@@ -19,7 +19,6 @@ from equations import (
     check_names,
     check_one_graph,
     check_rule,
-    lin,
     made,
     of_module,
     on_triton,
@@ -31,6 +30,7 @@ from equations import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.upstream_maps import c_abstractor, conv, image, ldp, ldpv2, rows
 from vlkernels import use_backend
 from vlkernels.modules import (
     CAbstractor,
@@ -44,75 +44,6 @@ from vlkernels.modules import (
 from vlkernels.modules.conv_abstractor import average_pool, squeezed_width
 from vlkernels.testing import meter
 from vlkernels.testing.compare import ulp
-
-# -- upstream's equations, channels first --------------------------------------------------------------------------
-
-
-def image(x):
-    side = int(x.shape[1] ** 0.5)
-    return x.transpose(1, 2).unflatten(2, (side, side))
-
-
-def rows(x):
-    return x.flatten(2).transpose(1, 2)
-
-
-def norm(p, name, x):
-    n = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
-    return n.permute(0, 3, 1, 2)
-
-
-def conv(p, name, x, stride=1):
-    weight = p[f"{name}.weight"]
-    padding, groups = weight.shape[-1] // 2, x.shape[1] if weight.shape[-1] > 1 else 1
-    return F.conv2d(x, weight, p.get(f"{name}.bias"), stride=stride, padding=padding, groups=groups)
-
-
-def excited(p, name, x, act, gate):
-    return x * gate(conv(p, f"{name}.fc2", act(conv(p, f"{name}.fc1", x.mean((2, 3), keepdim=True)))))
-
-
-def bottleneck(p, b, x):
-    y = F.silu(norm(p, f"{b}.conv1.bn", conv(p, f"{b}.conv1.conv", x)))
-    y = F.silu(norm(p, f"{b}.conv2.bn", conv(p, f"{b}.conv2.conv", y)))
-    y = norm(p, f"{b}.conv3.bn", conv(p, f"{b}.conv3.conv", excited(p, f"{b}.se", y, F.silu, torch.sigmoid)))
-    down = f"{b}.downsample.conv.weight" in p
-    return F.silu(y + (norm(p, f"{b}.downsample.bn", conv(p, f"{b}.downsample.conv", x)) if down else x))
-
-
-def c_abstractor(side):
-    def equation(p, x):
-        if "prenorm.weight" in p:
-            x = F.layer_norm(x, x.shape[-1:], p["prenorm.weight"], p["prenorm.bias"], 1e-6)
-        x = image(x + p["pos_emb"] if "pos_emb" in p else x)
-        for stage in (0, 2):
-            if stage:
-                x = F.adaptive_avg_pool2d(x, (side, side))
-            k = 1
-            while f"net.{stage}.b{k}.conv1.conv.weight" in p:
-                x = bottleneck(p, f"net.{stage}.b{k}", x)
-                k += 1
-        x, i = lin(p, "readout.0", rows(x)), 2
-        while f"readout.{i}.weight" in p:
-            x, i = lin(p, f"readout.{i}", F.silu(x)), i + 2
-        return torch.cat((x, p["eos_tokens"].expand(len(x), -1, -1)), 1) if "eos_tokens" in p else x
-
-    return equation
-
-
-def ldp(p, x):
-    x = image(lin(p, "model.mlp.3", F.gelu(lin(p, "model.mlp.1", x))))
-    for k in (1, 2):
-        b = f"model.mb_block.{k}.block"
-        y = F.hardswish(norm(p, f"{b}.0.1", conv(p, f"{b}.0.0", x, k)))
-        y = norm(p, f"{b}.2.1", conv(p, f"{b}.2.0", excited(p, f"{b}.1", y, F.relu, F.hardsigmoid)))
-        x = x + y if k == 1 else y
-    return rows(x)
-
-
-def ldpv2(p, x):
-    y = F.adaptive_avg_pool2d(image(lin(p, "mlp.mlp.2", F.gelu(lin(p, "mlp.mlp.0", x)))), (12, 12))
-    return rows(conv(p, "peg.peg.0", y) + y)
 
 
 def bee(*sizes, **options):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from equations import (
     BACKENDS,
     Variant,
-    attention,
     by_hand,
     check_checkpointing,
     check_children,
@@ -18,8 +17,6 @@ from equations import (
     check_names,
     check_one_graph,
     check_rule,
-    layer_norm,
-    lin,
     made,
     of_module,
     on_triton,
@@ -29,6 +26,7 @@ from equations import (
 )
 
 from benchmarks.providers.deformable_attention import equation as eager
+from benchmarks.upstream_maps import d_abstractor as dabs
 from vlkernels import backends, deformable_attention, use_backend
 from vlkernels.modules import DAbstractor, MultiScaleDeformableAttention
 from vlkernels.ops.deformable_attention import cases
@@ -51,42 +49,6 @@ SMALL = cases._case("small", 2, 33, 2, 12, 2, ((5, 7), (3, 4)), reference=(1, 1)
 
 
 # -- the D-Abstractor by hand --------------------------------------------------------------------------------------
-
-
-def dabs(heads, points, target):
-    def equation(p, x):
-        x = lin(p, "input_proj.0", x) if "input_proj.0.weight" in p else x
-        x = x + p["v_pos_emb"] if "v_pos_emb" in p else x
-        B, N, D = x.shape
-        side = math.isqrt(N)
-        rows = p["query_position_embeddings.weight"].expand(B, -1, -1)
-        if target == "none":
-            pos, t = rows.split(D, -1)
-        else:
-            grid = x.transpose(1, 2).reshape(B, D, side, side)
-            pooled = F.adaptive_avg_pool2d(grid, math.isqrt(rows.shape[1])).flatten(2).transpose(1, 2)
-            pos, t = (pooled, rows) if target == "query" else (rows, pooled)
-        i = 0
-        while f"layers.{i}.fc1.weight" in p:
-            a, e = f"layers.{i}.self_attn.", f"layers.{i}.encoder_attn."
-            z = t + pos
-            o = attention(lin(p, f"{a}q_proj", z), lin(p, f"{a}k_proj", z), lin(p, f"{a}v_proj", t), heads)
-            t = layer_norm(p, f"layers.{i}.self_attn_layer_norm", t + lin(p, f"{a}out_proj", o))
-            z = t + pos
-            offsets = lin(p, f"{e}sampling_offsets", z).view(B, -1, heads, 1, points, 2)
-            logits = lin(p, f"{e}attention_weights", z).view(B, -1, heads, 1, points)
-            value = lin(p, f"{e}value_proj", x).view(B, N, heads, -1)
-            centre = p["reference_points"].expand(B, -1, -1)[:, :, None]
-            y = eager(value, offsets, logits, [side, side], True, centre).flatten(2)
-            t = layer_norm(p, f"layers.{i}.encoder_attn_layer_norm", t + lin(p, f"{e}output_proj", y))
-            y = lin(p, f"layers.{i}.fc2", lin(p, f"layers.{i}.fc1", t).relu())
-            t = layer_norm(p, f"layers.{i}.final_layer_norm", t + y)
-            i += 1
-        if "eos_tokens" in p:
-            t = torch.cat((t, p["eos_tokens"].expand(B, -1, -1)), 1)
-        return lin(p, "output_proj", t) if "output_proj.weight" in p else t
-
-    return equation
 
 
 def abstractor(*sizes, **options):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import vlkernels
+from benchmarks.upstream_blocks import expert_layer as eager
 from vlkernels.modules import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids, cogvlm_vision_mask
-from vlkernels.modules.lora_blocks import rotary, rotated
 from vlkernels.testing import compare, meter
 
 D, FF, H = 32, 44, 4
@@ -26,59 +25,6 @@ def made(kind, dtype=torch.float32):
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape) * (0.3 if p.dim() == 1 else p.shape[-1] ** -0.5) + (p.dim() == 1))
     return layer
-
-
-# -- upstream's way: rows of one modality gathered and scattered -------------------------------------------------------
-
-
-def scattered(x, mask, vision, language):
-    y = x.new_empty((*x.shape[:-1], language.weight.shape[0]))
-    y[mask] = vision(x[mask])
-    y[~mask] = language(x[~mask])
-    return y
-
-
-def attended(q, k, v):
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-    y = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
-    return y.transpose(1, 2).flatten(2)
-
-
-def heads(t, head_dim):
-    return t.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def eager(layer, x, types):
-    if isinstance(layer, MPLUGOwl2DecoderLayer):
-        mask, attention = types == 1, layer.self_attn
-
-        def normed(norm, x):
-            text, image = norm.multiway
-            y = torch.empty_like(x)
-            y[mask], y[~mask] = image(x[mask]), text(x[~mask])
-            return y
-
-        cos_sin = rotary(torch.arange(x.shape[1]).expand(x.shape[:2]), layer.head_dim)
-        n = normed(layer.input_layernorm, x)
-        k, v = (scattered(n, mask, m.multiway[1], m.multiway[0]) for m in (attention.k_proj, attention.v_proj))
-        q, k, v = (heads(t, layer.head_dim) for t in (attention.q_proj(n), k, v))
-        h = x + attention.o_proj(attended(rotated(q, *cos_sin), rotated(k, *cos_sin), v))
-        n, mlp = normed(layer.post_attention_layernorm, h), layer.mlp
-        return h + mlp.down_proj(F.silu(mlp.gate_proj(n)) * mlp.up_proj(n))
-    mask, attention = cogvlm_vision_mask(types), layer.self_attn
-    cos_sin = rotary(cogvlm_position_ids(types), attention.head_dim, layer.rope_theta)
-    qkv = scattered(layer.input_layernorm(x), mask, attention.vision_expert_query_key_value,
-                    attention.language_expert_query_key_value)  # fmt: skip
-    q, k, v = (heads(t, attention.head_dim) for t in qkv.split(attention.sizes, -1))
-    y = attended(rotated(q, *cos_sin), rotated(k, *cos_sin), v)
-    h = x + scattered(y, mask, attention.vision_expert_dense, attention.language_expert_dense)
-    n = layer.post_attention_layernorm(h)
-    y = torch.empty_like(n)
-    for rows, mlp in ((mask, layer.mlp.vision_mlp), (~mask, layer.mlp.language_mlp)):
-        y[rows] = mlp.down_proj(F.silu(mlp.gate_proj(n[rows])) * mlp.up_proj(n[rows]))
-    return h + y
 
 
 def step(call, layer, x, dy):
@@ -153,8 +99,7 @@ def test_experts_that_start_equal_are_a_plain_layer(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_bytes(kind):
-    """At the models' proportions, a sequence mostly of image, all trained. mPLUG-Owl2 shares its feed-forward block
-    among the modalities, which stays stock."""
+    """At the models' proportions, a sequence mostly of image, all trained."""
     dims = (64, 172, 4) if kind != "cogvlm2" else (64, 224, 4, 2)
     cls = MPLUGOwl2DecoderLayer if kind == "mplug_owl2" else CogVLMDecoderLayer
     layer = cls(*dims)
@@ -165,7 +110,7 @@ def test_saved_bytes(kind):
     theirs = meter.saved_bytes(lambda: eager(layer, x, types), apart)
     with vlkernels.use_backend("triton"):
         ours = meter.saved_bytes(lambda: layer(x, types), apart)
-    assert ours <= {"cogvlm": 0.62, "cogvlm2": 0.62, "mplug_owl2": 0.73}[kind] * theirs, ours / theirs
+    assert ours <= 0.62 * theirs, ours / theirs
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import vlkernels
+from benchmarks.upstream_blocks import FlamingoBlock
 from vlkernels.modules import (
     GatedCrossAttentionBlock,
     IdeficsGatedCrossAttentionLayer,
@@ -240,30 +241,6 @@ def test_checkpointing_and_dropout():
 # -- what a block costs --------------------------------------------------------------------------------------------
 
 
-class Stock(nn.Module):
-    """open_flamingo's block as it is written there, to count against."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x, media, locations):
-        attn, (J, n) = self.block.attn, media.shape[1:3]
-        time, heads = locations.cumsum(-1), attn.to_q.weight.shape[0] // attn.head_dim
-        q = attn.to_q(attn.norm(x))
-        k, v = attn.to_kv(media.flatten(1, 2)).chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        sim = (q * attn.head_dim**-0.5) @ k.transpose(-1, -2)
-        media_time = torch.arange(J, device=x.device).repeat_interleave(n) + 1
-        seen = time[:, None, :, None] == media_time
-        sim = sim.masked_fill(~seen, -torch.finfo(sim.dtype).max)
-        sim = sim - sim.amax(-1, keepdim=True).detach()
-        weights = sim.softmax(-1).masked_fill((time == 0)[:, None, :, None], 0.0)
-        out = (weights @ v).transpose(1, 2).flatten(2)
-        x = attn.to_out(out) * self.block.attn_gate.tanh() + x
-        return self.block.ff(x) * self.block.ff_gate.tanh() + x
-
-
 def counted(block, T: int, flops: bool) -> tuple[int, int]:
     """(saved bytes, FLOPs of both ways) of a block, or of stock code over it, on T tokens after one of five media."""
     x, media = (drawn(1, *n, dtype=torch.bfloat16).requires_grad_() for n in ((T, 128), (5, 16, 32)))
@@ -290,7 +267,7 @@ def test_saved_and_flops_at_flamingos_proportions():
     kept, flops = {}, {}
     for name in ("eager", 0, 1):
         block = GatedCrossAttentionBlock(128, 32, 16, 1, level=0 if name == "eager" else name, dtype=torch.bfloat16)
-        model = Stock(block) if name == "eager" else block
+        model = FlamingoBlock(block) if name == "eager" else block
         with contextlib.nullcontext() if name == "eager" else vlkernels.use_backend("triton"):
             # keys, values and what each medium costs stay as they are with more text
             kept[name] = (counted(model, 32, False)[0] - counted(model, 16, False)[0]) / 16

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import modules, report, tables
+from benchmarks import module_bytes, modules, report, tables
 from benchmarks.record import RESULTS
 
 RECORD = json.loads((RESULTS / "modules.json").read_text())
@@ -35,6 +35,24 @@ def test_stage1():
     assert RECORD["stage1"]["ln_vision trained"] <= 0.76 and RECORD["stage1"]["ln_vision frozen"] <= 0.80
 
 
+@pytest.mark.parametrize(
+    "name, version, of_eager",
+    [
+        ("c_abstractor", "level 0", 0.42), ("c_abstractor", "level 1", 0.22), ("ldpv2", "level 0", 0.52),
+        ("ldpv2", "level 1", 0.20), ("ss2d", "fused", 0.30), ("gated", "level 0", 0.42), ("gated", "level 1", 0.16),
+        ("cogvlm", "fused", 0.70), ("cogvlm2", "fused", 0.70), ("mplug_owl2", "fused", 0.70),
+    ],
+)  # fmt: skip
+def test_what_is_kept(name, version, of_eager):
+    """Of each eager version, torch's own attention among them."""
+    assert max(of(RECORD["kept"][name]["figures"], version)["of"]) <= of_eager
+
+
+def test_what_is_kept_again():
+    subject = module_bytes.KEPT["ldpv2"]
+    assert list(module_bytes.kept(subject, modules.on_meta)) == RECORD["kept"]["ldpv2"]["figures"]
+
+
 @pytest.mark.slow
 def test_stage1_again():
     assert modules.stage1() == RECORD["stage1"]
@@ -48,5 +66,5 @@ def test_the_llama_layer():
 def test_readme_quotes_the_record():
     text = (Path(report.__file__).resolve().parent.parent / "README.md").read_text()
     found = tables.sections()
-    for name in ("modules", "layer"):
+    for name in ("modules", "layer", "kept"):
         assert f"<!-- begin:{name} -->" in text and "\n".join(found[name]) in text

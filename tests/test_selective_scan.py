@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import vlkernels
-from benchmarks.providers.selective_scan_2d import equation, ordered, placed, scan_of_copies
+from benchmarks.providers.selective_scan_2d import equation
+from benchmarks.upstream_maps import ss2d as upstream_ss2d
 from vlkernels import selective_scan_2d, use_backend
 from vlkernels.modules import SS2D, MambaLayer, MambaState, VLMambaL2, VLMambaMLP
 from vlkernels.ops.selective_scan_2d.reference import chunk_length, token_order
@@ -150,21 +151,6 @@ def test_whole_images(side, device):
 
 
 # -- modules -------------------------------------------------------------------------------------------------------
-
-
-def upstream_ss2d(m: SS2D, x):
-    """SS2D as upstream writes it in PyTorch: four copies of the map, einsums over them, and a sum of four maps."""
-    (_, h, w, _), K, R, S = x.shape, 4, m.dt_rank, m.d_state
-    x, z = m.in_proj(x).chunk(2, -1)
-    x = F.silu(m.conv2d(x.permute(0, 3, 1, 2).contiguous())).flatten(2).transpose(1, 2)
-    xs = torch.stack([ordered(x, letter, h, w) for letter in m.scan], 1)
-    low, b, c = torch.einsum("bkdl,kcd->bkcl", xs, m.x_proj_weight).split((R, S, S), 2)
-    delta = torch.einsum("bkrl,kdr->bkdl", low, m.dt_projs_weight)
-    a, bias = -torch.exp(m.A_logs.float()), m.dt_projs_bias.flatten()
-    y, _ = scan_of_copies(xs.flatten(1, 2), delta.flatten(1, 2), a, b, c, m.Ds, bias, None, True)
-    y = y.unflatten(1, (K, -1))
-    y = sum(placed(y[:, k], letter, h, w) for k, letter in enumerate(m.scan)).transpose(1, 2)
-    return m.out_proj(m.out_norm(y.to(x.dtype)).unflatten(1, (h, w)) * F.silu(z))
 
 
 COPIES = {f"aten::{n}" for n in ("clone", "copy_", "_to_copy", "cat", "stack", "flip", "index", "contiguous")}

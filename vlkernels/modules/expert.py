@@ -26,11 +26,14 @@ def through(
 ) -> Tensor:
     """experts[index[t]](x[t]) of x (..., K), or of act(gate) * x; one op where the experts are plain linears.
 
-    A LoRA on an expert, a hook or a sharded weight is honoured: then every token goes through every expert.
+    With one expert every row goes through it; its index is all zeros, and the op is there for the gate. A LoRA on an
+    expert, a hook or a sharded weight is honoured: then every token goes through every expert.
     """
     if all(child_problem("expert", m, (nn.Linear,)) is None for m in experts) and len(experts) <= 4:
         weights = {f"w{e}": m.weight for e, m in enumerate(experts)}
         biases = {f"b{e}": m.bias for e, m in enumerate(experts)}
+        # the op takes two weights or more; the second has no rows, and no gradient is written for it
+        weights.setdefault("w1", weights["w0"].detach())
         return modality_linear(x, index, **weights, **biases, gate=gate, act=act)
     if gate is not None:
         x = ACTS[act](gate) * x
@@ -159,7 +162,9 @@ class _GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """W_down(silu(W_gate x) * W_up x), of which neither silu nor the product is kept for backward."""
+        index = torch.zeros(x.shape[:-1], dtype=torch.int32, device=x.device)
+        return through(self.up_proj(x), index, [self.down_proj], gate=self.gate_proj(x))
 
 
 class CogVLMVisualExpertMLP(nn.Module):
