@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read what the compiler made of it.
 
-    python -m vlkernels.testing.aot [--arch 80,90,100] [--op NAME] [--precision NAME] [--json FILE] [--jobs N]
+    python -m vlkernels.testing.aot [--arch 80,90,100] [--op NAME] [--precision NAME] [--most N] [--json FILE]
 
 Each op's forward and backward run on fake tensors of its bench cases; the kernel launches that they make, with the
 configuration that config() picks for that architecture, are recorded and compiled (equal builds once). Printed per
@@ -242,8 +242,25 @@ def problems(result: Result) -> list[str]:
     return found
 
 
-def check(arch: int, op_name: str | None, precisions: tuple[str, ...] | None, jobs: int) -> list[Result]:
-    """Compile all builds of all (or one) ops for one architecture, printing a line each as it is done."""
+def spread(builds: dict[Build, list[str]], most: int | None) -> dict[Build, list[str]]:
+    """At most `most` builds of each kernel and dtype of its products, from the first to the last of them."""
+    groups: dict[tuple, list[Build]] = {}
+    for build in builds:
+        groups.setdefault((build.module, build.kernel, dict(build.constants).get("PRODUCT")), []).append(build)
+    if most is None:
+        return builds
+    kept = {
+        group[i * (len(group) - 1) // max(most - 1, 1)]
+        for group in groups.values()
+        for i in range(min(most, len(group)))
+    }
+    return {build: cases for build, cases in builds.items() if build in kept}
+
+
+def check(
+    arch: int, op_name: str | None, precisions: tuple[str, ...] | None, jobs: int, most: int | None = None
+) -> list[Result]:
+    """Compile the builds (all, or `most` of each kernel) of all ops, or of one, printing a line as each is done."""
     from .. import backends
 
     names = [op_name] if op_name else sorted(backends.OPS)
@@ -251,7 +268,7 @@ def check(arch: int, op_name: str | None, precisions: tuple[str, ...] | None, jo
     for name in names:
         if name not in backends.OPS:
             raise SystemExit(f"no op named {name!r}; there are {', '.join(sorted(backends.OPS))}")
-        for build, cases in recorded_builds(backends.OPS[name], arch, precisions).items():
+        for build, cases in spread(recorded_builds(backends.OPS[name], arch, precisions), most).items():
             needed.setdefault(build, []).append((name, cases))
     results = []
     with ProcessPoolExecutor(jobs) as pool:
@@ -285,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", default="90", help="compute capabilities, comma separated (80,90,100)")
     parser.add_argument("--op", help="one op only")
     parser.add_argument("--precision", help="comma separated precisions of the cases module; all by default")
+    parser.add_argument("--most", type=int, help="builds of each kernel and dtype of an op; all by default")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
@@ -293,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError:
         parser.error(f"--arch is {options.arch!r}; accepted: numbers such as 80,90,100")
     precisions = tuple(options.precision.split(",")) if options.precision else None
-    results = [r for arch in archs for r in check(arch, options.op, precisions, options.jobs)]
+    results = [r for arch in archs for r in check(arch, options.op, precisions, options.jobs, options.most)]
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     bad = [r for r in results if r.problems]
