@@ -3,11 +3,15 @@ each level, whose samples are stacked and weighted."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import Provider, compiled, plain
+from vlkernels.testing.case import Case, Precision
+
+from . import Instance, Provider, Unavailable, compiled, plain
 
 BASELINE = "eager"
 
@@ -43,4 +47,27 @@ PROVIDERS = (
     Provider("eager", plain(equation)),
     Provider("compile", plain(compiled(equation))),
 )
-PEERS: tuple[Provider, ...] = ()
+
+
+def _mmcv(case: Case, kw: dict, precision: Precision) -> Instance:
+    """Deformable DETR's CUDA kernel as mmcv builds it, whose backward adds with atomics."""
+    try:
+        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+    except (ImportError, RuntimeError) as error:
+        raise Unavailable(f"mmcv with its compiled operators is not importable: {error}") from None
+
+    def run(value, points, weights, shapes, softmax, reference=None) -> Tensor:
+        grids = torch.tensor(shapes, device=value.device).view(-1, 2)
+        first = grids.prod(1).cumsum(0) - grids.prod(1)
+        if softmax:
+            weights = weights.flatten(3).softmax(-1).view(weights.shape)
+        if reference is not None:
+            points = reference[:, :, None, :, None] + points / grids.flip(1)[:, None]
+        points, weights = points.to(value.dtype), weights.to(value.dtype)
+        y = MultiScaleDeformableAttnFunction.apply(value, grids, first, points, weights, math.gcd(64, len(value)))
+        return y.unflatten(-1, (value.shape[2], -1))
+
+    return plain(run)(case, kw, precision)
+
+
+PEERS = (Provider("mmcv", _mmcv, "peer"),)

@@ -3,13 +3,17 @@ scan over the copies, and the results put back into place and added."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.ops.selective_scan_2d.reference import ORDERS
+from vlkernels.testing.case import Case, Precision
 
-from . import Provider, compiled, plain
+from . import Instance, Provider, Unavailable, compiled, plain
 
 BASELINE = "eager"
 
@@ -47,8 +51,10 @@ def scan_of_copies(u, delta, a, b, c, d, delta_bias, state, softplus: bool) -> t
     return y if d is None else y + u * d[:, None].float(), h
 
 
-def equation(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus) -> tuple[Tensor, Tensor]:
-    """The op's equation over copies; every tensor as the op takes it."""
+def equation(
+    u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, softplus, scanned: Callable = scan_of_copies
+) -> tuple[Tensor, Tensor]:
+    """The op's equation over copies; every tensor as the op takes it. scanned: the scan of all copies."""
     (B, L, D), (K, G, S) = u.shape, b.shape[2:]
     u_k = torch.stack([ordered(u, letter, height, width) for letter in scan], 1)
     delta_k, b_k, c_k = (
@@ -57,7 +63,7 @@ def equation(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, so
     )
     state = None if state is None else state.flatten(1, 2)
     b_k, c_k = (t.view(B, K * G, S, L) for t in (b_k, c_k))
-    y, last = scan_of_copies(u_k.flatten(1, 2), delta_k.flatten(1, 2), a, b_k, c_k, d, delta_bias, state, softplus)
+    y, last = scanned(u_k.flatten(1, 2), delta_k.flatten(1, 2), a, b_k, c_k, d, delta_bias, state, softplus)
     y = y.unflatten(1, (K, D))
     total = sum(placed(y[:, k], letter, height, width) for k, letter in enumerate(scan)).transpose(1, 2)
     if z is not None:
@@ -66,4 +72,25 @@ def equation(u, delta, a, b, c, d, z, delta_bias, state, height, width, scan, so
 
 
 PROVIDERS = (Provider("eager", plain(equation)), Provider("compile", plain(compiled(equation))))
-PEERS: tuple[Provider, ...] = ()
+
+
+def _mamba_ssm(case: Case, kw: dict, precision: Precision) -> Instance:
+    """mamba-ssm's CUDA scan over the copies that VMamba makes for it, all directions at once."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except (ImportError, RuntimeError) as error:
+        raise Unavailable(f"mamba_ssm is not importable: {error}") from None
+    if kw.get("state") is not None:
+        raise Unavailable("mamba_ssm's scan starts without a state")
+
+    def scanned(u, delta, a, b, c, d, delta_bias, state, softplus):
+        wide = [t if t is None else t.float() for t in (a, d, delta_bias)]
+        b, c = (t.to(u.dtype) for t in (b, c))
+        return selective_scan_fn(
+            u, delta.to(u.dtype), wide[0], b, c, wide[1], None, wide[2], softplus, return_last_state=True
+        )
+
+    return plain(functools.partial(equation, scanned=scanned))(case, kw, precision)
+
+
+PEERS = (Provider("mamba-ssm", _mamba_ssm, "peer"),)
