@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -84,6 +84,9 @@ def convolve(
     y, c = (torch.empty((B, count, C) if want else 0, dtype=dtype, **made) for want in (want_y, want_c))
     stats = torch.empty((B * count, 2) if norm else 0, dtype=torch.float32, **made)
     tiles = config(B, N, count, C, norm, arch(x)).forward
+    if tiles.channels >= 4096 and x.element_size() == 4:
+        # 4 elements a thread, as a load of float32 has: with 8 of them the nine taps do not fit into 128 registers
+        tiles = replace(tiles, warps=32)
     parts = torch.empty((B, tiles.chunks, C) if want_means else 0, dtype=torch.float32, **made)
     if B:
         x, held = rows_of(x), tiles.channels <= HELD_CHANNELS
