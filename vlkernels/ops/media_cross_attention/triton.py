@@ -106,7 +106,7 @@ def backward(dy, saved, needs, tokens, norm, eps, scale, p, dtype) -> dict[str, 
             )
         if need_kv and N:
             media_cross_attention_bwd_dkv_kernel[(B * G * triton.cdiv(N, tiles.back_n),)](
-                *tensors, dy, y, stats, grads["k"], grads["v"], *numbers, **flags, num_stages=1
+                *tensors, dy, y, stats, grads["k"], grads["v"], *numbers, **(flags | tiles.dkv), num_stages=1
             )
     asked = {n: t for n, t in raw.items() if n in grads and (needs[n] or needs[n + "_norm_weight"])}
     grads |= through_norms(grads, asked, norms, {"q": q_stats, "k": k_stats}, norm)
@@ -125,6 +125,7 @@ class Config:
     back_n: int
     back_warps: int
     dq_warps: int
+    dkv: dict  # what the kernel of dk and dv has otherwise
 
 
 def config(
@@ -153,10 +154,12 @@ def config(
         n, back_n = 32, min(back_n, 32)
         m, back_m = min(m, 32), min(back_m, 32)
     # the rows that a loop reads its other operand against stay in registers, and in float32 each as two terms
-    back_warps = 8 if wide or single or more else 4
+    back_warps = 8 if wide or single or more or (dropout and device_arch >= 100) else 4
+    # there even the smallest tile of wide float32 heads spills with terms of tf32: plain float32 products
+    dkv = {"PRECISION": "ieee"} if single and wide and device_arch >= 100 else {}
     warps = 8 if (wide and not single and not more) or (device_arch >= 100 and m == n == 64) else 4
     stages = 1 if single and wide else 2
-    return Config(m, n, warps, stages, back_m, back_n, back_warps, 4 if wide and single else back_warps)
+    return Config(m, n, warps, stages, back_m, back_n, back_warps, 4 if wide and single else back_warps, dkv)
 
 
 def _call(q, k, v, span, visible, seed, tokens, scale, p, compute) -> tuple[tuple, tuple, dict]:
