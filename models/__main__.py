@@ -57,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: %(default)s")
     demo.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs stage 2; default: %(default)s")
     demo.add_argument(
-        "--projector", choices=("mlp", "linear"), default="mlp", help="what joins tower and LLM; default: %(default)s"
+        "--projector",
+        choices=("mlp", "linear", "c-abstractor"),
+        default="mlp",
+        help="what joins tower and LLM; default: %(default)s",
     )
     demo.add_argument(
         "--resume", action="store_true", help="reuse finished stages 1 and 2 as well (stage 0 is always reused)"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from vlkernels.modules import LlavaProjector
+from vlkernels.modules import CAbstractor, LlavaProjector
 
 from .backbones.tiny import TowerClassifier, configuration, token_ids
 from .data.digits import IMAGE_TOKENS
@@ -37,8 +37,20 @@ def llava(
         model.model.multi_modal_projector = LlavaProjector(
             "linear", config.vision_config.hidden_size, config.text_config.hidden_size
         )
+    elif integrator == "c_abstractor":
+        # Honeybee's: convolutions over the map on both sides of the pooling, which here keeps the number of tokens
+        width = config.vision_config.hidden_size
+        model.model.multi_modal_projector = CAbstractor(
+            IMAGE_TOKENS,
+            width,
+            config.text_config.hidden_size,
+            hidden_size=width,
+            depth=1,
+            num_query_tokens=IMAGE_TOKENS,
+        )
     elif integrator != "mlp2x_gelu":
-        raise UserError(f"recipe {recipe.name} names the integrator {integrator!r}; known: linear, mlp2x_gelu")
+        known = "linear, mlp2x_gelu, c_abstractor"
+        raise UserError(f"recipe {recipe.name} names the integrator {integrator!r}; known: {known}")
     model.model.vision_tower.load_state_dict(tower.tower.state_dict())
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())

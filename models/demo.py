@@ -24,7 +24,8 @@ from .training.log import MetricsLog
 from .training.stages import Outcome, StagedRun
 
 GOAL = 0.92
-PROJECTORS = {"mlp": "mlp2x_gelu", "linear": "linear"}  # LLaVA-1.5's and LLaVA 1.0's
+# LLaVA-1.5's, LLaVA 1.0's and Honeybee's
+PROJECTORS = {"mlp": "mlp2x_gelu", "linear": "linear", "c-abstractor": "c_abstractor"}
 NEEDS = ("transformers", "peft", "safetensors", "tokenizers", "sklearn", "matplotlib", "tqdm")
 QUICK = 0.06  # share of the steps: the whole pipeline in half a minute, the accuracy is not the recipe's
 

@@ -492,5 +492,18 @@ def test_a_linear_projector_is_a_recipe_of_its_own(tmp_path):
     assert changed == {"model.multi_modal_projector.weight", "model.multi_modal_projector.bias"}
     assert outcome.trainable == 64 * 64 + 64
     wrong = StagedRun(recipe.with_integrator("qformer"), tmp_path, say=lambda text: None)
-    with pytest.raises(UserError, match="'qformer'; known: linear, mlp2x_gelu"):
+    with pytest.raises(UserError, match="'qformer'; known: linear, mlp2x_gelu, c_abstractor"):
         wrong.unaligned(wrong.tower()[0], wrong.llm()[0])
+
+
+def test_a_convolutional_abstractor_is_tuned_alone(tmp_path):
+    """Single-stage tuning of a C-Abstractor: all of its parameters learn, and none of tower or LLM."""
+    recipe = demo.chosen_recipe(False, "c-abstractor").shortened(TINY)
+    run = StagedRun(recipe, tmp_path, say=lambda text: None)
+    model = run.unaligned(run.tower()[0], run.llm()[0])
+    before = states(model)
+    outcome = run.align(model)
+    changed = {name for name, p in states(model).items() if not torch.equal(p, before[name])}
+    projector = model.model.multi_modal_projector
+    assert changed == {f"model.multi_modal_projector.{name}" for name, _ in projector.named_parameters()}
+    assert outcome.trainable == sum(p.numel() for p in projector.parameters())
