@@ -496,7 +496,7 @@ def test_a_linear_projector_is_a_recipe_of_its_own(tmp_path):
         wrong.unaligned(wrong.tower()[0], wrong.llm()[0])
 
 
-def test_a_convolutional_abstractor_is_tuned_alone(tmp_path):
+def test_a_convolutional_abstractor_is_tuned_alone(tmp_path, on_the_reference):
     """Single-stage tuning of a C-Abstractor: all of its parameters learn, and none of tower or LLM."""
     recipe = demo.chosen_recipe(False, "c-abstractor").shortened(TINY)
     run = StagedRun(recipe, tmp_path, say=lambda text: None)

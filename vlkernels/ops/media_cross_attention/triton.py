@@ -91,8 +91,9 @@ def backward(dy, saved, needs, tokens, norm, eps, scale, p, dtype) -> dict[str, 
         for t in grads.values():
             t.zero_()
     else:
-        # wide float32 heads that share keys spill with two stages
+        # wide float32 heads that share keys spill with two stages, and on sm_80 with four warps
         stages = 1 if compute == torch.float32 and K > 64 and G < H else 2
+        dq_warps = 8 if stages == 1 and 0 < arch(y) < 90 else tiles.dq_warps
         if needs["q"] or needs["q_norm_weight"]:
             media_cross_attention_bwd_dq_kernel[(B * H * blocks,)](
                 *tensors,
@@ -101,7 +102,7 @@ def backward(dy, saved, needs, tokens, norm, eps, scale, p, dtype) -> dict[str, 
                 stats,
                 grads["q"],
                 *numbers,
-                **(flags | {"num_warps": tiles.dq_warps}),
+                **(flags | {"num_warps": dq_warps}),
                 num_stages=stages,
             )
         if need_kv and N:
