@@ -127,7 +127,7 @@ def timed(owner: nn.Module, tokens: int, seconds: float, wrap: Callable = lambda
     def step() -> None:
         torch.autograd.grad(forward(), leaves, dy)
 
-    return clock.measure([step], dy.device, seconds).median
+    return clock.measure([step], dy.device, seconds).ms
 
 
 def versions(device: str, dropout: float, shrink: int) -> list[tuple[str, Callable[[], nn.Module], str | None, bool]]:

@@ -342,6 +342,27 @@ def layer_lines(record: dict) -> list[str]:
     return table(("Llama-7B's layer, r = 128", "saved, KB a token", "launches"), body)
 
 
+def step_lines(results: Path) -> list[str]:
+    """Whole models' steps, as benchmarks.steps measured them on a GPU."""
+    path = results / "steps.json"
+    if not path.exists():
+        return [NOT_MEASURED]
+    content = json.loads(path.read_text())
+    body = [
+        [
+            f["step"], f["version"], f["failure"] or f"{f['ms']:.1f}", _ratio(f["of_unswapped"], 3),
+            *("-" if f[n] is None else f"{f[n]:{form}}" for n, form in (("tokens_per_s", ".0f"), ("peak_gib", ".1f"))),
+        ]
+        for f in content["steps"]
+    ]  # fmt: skip
+    run = content["run"]
+    return [
+        *table(("step", "version", "ms", "of unswapped", "tokens/s", "peak, GiB"), body),
+        "",
+        f"{run['device']}, torch {run['torch']}, commit {run['commit']}; `python -m benchmarks.steps`.",
+    ]
+
+
 def sections(results: Path = RESULTS) -> dict[str, list[str]]:
     """What stands between the markers, by marker name."""
     path = results / "modules.json"
@@ -356,6 +377,7 @@ def sections(results: Path = RESULTS) -> dict[str, list[str]]:
         "kept": kept_lines(modules) if modules else [NO_MODULES],
         "layer": layer_lines(modules) if modules else [NO_MODULES],
         "speed": readme_speed_lines(results),
+        "steps": step_lines(results),
         "ladder": ladder_lines(memory, results) if memory else [NOT_MEASURED],
         "plans": plan_lines(json.loads(counted.read_text())) if counted.exists() else [NOT_COUNTED],
     }
