@@ -313,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     precisions = tuple(options.precision.split(",")) if options.precision else None
     results = [r for arch in archs for r in check(arch, options.op, precisions, options.jobs, options.most)]
     if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+        # a build a line: thousands of them
+        options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(r)) for r in results) + "\n]\n")
     bad = [r for r in results if r.problems]
     print(f"{len(results)} builds, {len(bad)} with problems")
     return 1 if bad or not results else 0
