@@ -4,6 +4,7 @@ from .backends import BackendRefused, explain, use_backend
 from .integrations.swap import swap, unswap
 from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
+from .ops.bottleneck_adapter import bottleneck_adapter
 from .ops.conv_se_linear import conv_se_linear
 from .ops.cross_attention import cross_attention
 from .ops.deformable_attention import deformable_attention
@@ -29,6 +30,7 @@ __all__ = [
     "DoRALinear",
     "LoRALinear",
     "QLoRALinear",
+    "bottleneck_adapter",
     "conv_se_linear",
     "cross_attention",
     "depthwise_conv_norm_act",
