@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlkernels.ops.bottleneck_adapter import cases as bottleneck_adapter_cases
 from vlkernels.ops.conv_se_linear import cases as conv_se_linear_cases
 from vlkernels.ops.cross_attention import cases as cross_attention_cases
 from vlkernels.ops.dora_linear import cases as dora_linear_cases
@@ -50,6 +51,14 @@ def _low_rank_bytes(case: Case, precision: Precision) -> int:
 def _low_rank_flops(case: Case) -> float:
     """A decoding batch fills part of the rank products' row tile of 64: at 16 rows they compute up to four times."""
     return LEVEL_0 if case["T"] >= 64 else 1.2
+
+
+def _adapter_flops(case: Case) -> float:
+    """Nothing R wide is kept: the first product is run again, with a gate of each element the second too. Experts of a
+    route are columns of one z, each with the first product of its own: their ranks are small and fill one tile."""
+    products, experts = bottleneck_adapter_cases.flops(case), max(1, case.dims.get("E", 0))
+    single = 2 * case["T"] * case["D"] * case["R"]
+    return LEVEL_0 * sum(products.values()) / (3 * (products["forward"] - (experts - 1) * single))
 
 
 def _dora_bytes(case: Case, precision: Precision) -> int:
@@ -195,6 +204,12 @@ def _scan_bytes(case: Case, precision: Precision) -> int:
 
 
 BUDGETS: dict[str, Budget] = {
+    "bottleneck_adapter": Budget(
+        saved_per_token=lambda case, precision: 0,
+        saved_per_call=8,  # dropout's seed
+        flops_ratio=_adapter_flops,
+        small={"T": 128, "L": 32, "D": 64, "N": 64, "R": 16},
+    ),
     "conv_se_linear": Budget(
         saved_per_token=_conv_se_bytes,
         saved_per_call=4 * 4096,  # an image's means, for the widest case; the count runs on one image

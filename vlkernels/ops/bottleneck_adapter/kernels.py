@@ -281,7 +281,8 @@ def bottleneck_adapter_bwd_kernel(
                 d = g * b * scale
                 if SIGMOID:
                     d *= opened * (1.0 - opened)
-                tl.store(dgate_ptr + offs_t[:, None] * N + offs_n[None, :], _tl.cast(d, dgate_ptr.dtype.element_ty), mask)
+                d_ptrs = dgate_ptr + offs_t[:, None] * N + offs_n[None, :]
+                tl.store(d_ptrs, _tl.cast(d, dgate_ptr.dtype.element_ty), mask)
             g *= opened
         elif GATE == "channel":
             g *= bottleneck_adapter_level(gate_ptr, offs_n, mask_n, SIGMOID)[None, :]

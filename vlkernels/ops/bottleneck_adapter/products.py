@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _norm, _tl
 from .._dropout import keep_factor, threshold
 from . import weights
-from .kernels import bottleneck_adapter_bias, bottleneck_adapter_keep, bottleneck_adapter_level
+from .kernels import bottleneck_adapter_bias, bottleneck_adapter_level
 
 ROWS, COLS = 16, 128  # a tile of the passes; not timed on a GPU yet
 
@@ -55,8 +55,8 @@ def backward(c, dy, x, t, needs) -> dict[str, Tensor]:
         h = source @ _opened(c, up, gate)
         z, dpre, more, droute = _middle(c, pre, h, t, needs)
         grads["route"] = droute
-        if dots is not None or more is not None:
-            grads["gate"] = weights.of_rows(dots if more is None else more if dots is None else dots + more, gate, c.sigmoid)
+        if more is not None:
+            grads["gate"] = weights.of_rows(more if dots is None else dots + more, gate, c.sigmoid)
         if c.gate == "element" and needs["gate"]:
             grads["gate"] = t["dgate"]
     need_w = needs["up"] or (needs["gate"] and c.gate == "channel")

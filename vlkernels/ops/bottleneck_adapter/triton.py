@@ -52,6 +52,16 @@ def fused(up: Tensor, dtype: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True)
+class Dims:
+    """ER: columns of z, of all experts."""
+
+    T: int
+    D: int
+    N: int
+    ER: int
+
+
+@dataclass(frozen=True)
 class Call:
     """One call as kernels see it. gate: "none", "row", "channel", "element"; per_gate: rows that share an entry of a
     gate of rows, per_sample: rows of a sample."""
@@ -75,8 +85,8 @@ class Call:
     p: float
 
     @property
-    def tiles(self) -> tuple[int, ...]:
-        return self.T, self.D, self.N, self.R * self.E
+    def dims(self) -> Dims:
+        return Dims(self.T, self.D, self.N, self.R * self.E)
 
 
 def call(x, down, up, gate, route, act, norm, eps, scale, skip, gate_act, p, dtype) -> Call:
@@ -113,7 +123,7 @@ def forward(
     if not fused(up, c.compute):
         products.forward(c, x2, down, up, *vectors, base, residual, gate, route, seed, y.view(-1, c.N))
         return (y,)
-    tile = config(*c.tiles, c.compute, arch(x), x.dtype).forward
+    tile = config(c.dims, c.compute, arch(x), x.dtype).forward
     down_bias, up_bias, norm_weight, norm_bias = vectors
     bottleneck_adapter_fwd_kernel[(triton.cdiv(c.T, tile.rows),)](
         x2, down, up, down_bias, up_bias, norm_weight, norm_bias, base, residual, gate, route, seed, y, c.T, c.D, c.N,
@@ -146,7 +156,7 @@ def backward(dy, saved, needs, act, norm, eps, scale, skip, gate_act, p, dtype) 
 
 
 def _fused_backward(c: Call, dy: Tensor, x: Tensor, t: dict, needs: dict) -> dict[str, Tensor]:
-    tiles, gate, grads = config(*c.tiles, c.compute, arch(x), x.dtype), t["gate"], {}
+    tiles, gate, grads = config(c.dims, c.compute, arch(x), x.dtype), t["gate"], {}
     need_down, need_up = wanted(c, needs)
     scratch = need_down or need_up
 
@@ -239,15 +249,15 @@ class Config:
     outer_dy: weights.Tile  # dyᵀ z
 
 
-def config(T: int, D: int, N: int, ER: int, dtype: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
+def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
     """Tiles by shape; `loaded` is x's dtype. None of the steps below has been timed on a GPU yet."""
     wide = dtype == torch.float32
     sms = multiprocessors(device_arch)
-    rank = _lora.cover(ER)
+    rank = _lora.cover(dims.ER)
 
     def rows(most: int) -> int:
         # every program reads both weights, so tall tiles, but at least one for each multiprocessor
-        while most > 16 and triton.cdiv(T, most) < sms:
+        while most > 16 and triton.cdiv(dims.T, most) < sms:
             most //= 2
         return most
 
@@ -255,14 +265,14 @@ def config(T: int, D: int, N: int, ER: int, dtype: torch.dtype, device_arch: int
         held = rows(most)
         cols = 32 if wide or rank > 128 else cols
         warps = 8 if held * rank > 32 * 64 * (1 if wide else 2) else 4
-        return Tile(held, min(cols, _lora.cover(D)), min(cols, _lora.cover(N)), rank, warps)
+        return Tile(held, min(cols, _lora.cover(dims.D)), min(cols, _lora.cover(dims.N)), rank, warps)
 
     def outer(width: int) -> weights.Tile:
         cols, held = min(64, _lora.cover(width)), min(rank, 64 if wide else 128)
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial sum costs 8 bytes a column and rank, against 2 or 4 a row and column of the pass itself
-        splits = max(1, min(triton.cdiv(2 * sms, programs), T // max(64, 4 * rank)))
+        splits = max(1, min(triton.cdiv(2 * sms, programs), dims.T // max(64, 4 * rank)))
         return weights.Tile(32 if wide else 64, cols, held, 4 if cols * held <= 64 * 64 else 8, splits=splits)
 
     small = wide or rank > 128
-    return Config(tile(32 if small else 64, 64), tile(32 if small else 64, 64), outer(D), outer(N))
+    return Config(tile(32 if small else 64, 64), tile(32 if small else 64, 64), outer(dims.D), outer(dims.N))

@@ -120,9 +120,7 @@ def of_up(
 FINISH = 32, 32  # channels and ranks of a tile; not timed on a GPU yet
 
 
-def finish_down(
-    parts, bias_sums, down, norm_weight, norm_bias, R: int, needs: dict[str, bool]
-) -> dict[str, Tensor]:
+def finish_down(parts, bias_sums, down, norm_weight, norm_bias, R: int, needs: dict[str, bool]) -> dict[str, Tensor]:
     """ddown, dnorm_weight, dnorm_bias from Q's partial sums; bias_sums: sum_t dpre (R) in float32, with norm_bias."""
     splits, D, ER = parts.shape
     grads = {
@@ -155,9 +153,10 @@ def finish_up(
     bottleneck_adapter_finish_up_kernel[(triton.cdiv(N, FINISH[0]),)](
         parts, sums, extra, up, up_bias, gate, grads.get("up"), grads.get("up_bias"), grads.get("gate"), N, ER,
         0 if parts is None else parts.shape[0], 0 if sums is None else sums.shape[1], up.stride(0), up.stride(1), scale,
-        HAS_GATE=gate is not None, HAS_EXTRA=extra is not None, SIGMOID=sigmoid, HAS_SIDE=parts is not None, HAS_SUMS=sums is not None,
-        HAS_CROSS=sums is not None and sums.shape[0] > 1, HAS_UB=up_bias is not None, HAS_DUP=needs["up"],
-        HAS_DUB=needs["up_bias"], HAS_DGATE=needs["gate"], BLOCK_C=FINISH[0], BLOCK_R=FINISH[1], num_warps=4,
+        HAS_GATE=gate is not None, HAS_EXTRA=extra is not None, SIGMOID=sigmoid, HAS_SIDE=parts is not None,
+        HAS_SUMS=sums is not None, HAS_CROSS=sums is not None and sums.shape[0] > 1, HAS_UB=up_bias is not None,
+        HAS_DUP=needs["up"], HAS_DUB=needs["up_bias"], HAS_DGATE=needs["gate"], BLOCK_C=FINISH[0], BLOCK_R=FINISH[1],
+        num_warps=4,
     )  # fmt: skip
     return grads
 
@@ -278,9 +277,10 @@ def bottleneck_adapter_finish_down_kernel(
 @triton.jit
 def bottleneck_adapter_finish_up_kernel(
     parts_ptr, sums_ptr, extra_ptr, up_ptr, up_bias_ptr, gate_ptr, dup_ptr, dup_bias_ptr, dgate_ptr, N, ER, splits,
-    sums_splits, stride_un, stride_ur, scale, HAS_GATE: tl.constexpr, HAS_EXTRA: tl.constexpr, SIGMOID: tl.constexpr, HAS_SIDE: tl.constexpr, HAS_SUMS: tl.constexpr,
-    HAS_CROSS: tl.constexpr, HAS_UB: tl.constexpr, HAS_DUP: tl.constexpr, HAS_DUB: tl.constexpr,
-    HAS_DGATE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    sums_splits, stride_un, stride_ur, scale, HAS_GATE: tl.constexpr, HAS_EXTRA: tl.constexpr, SIGMOID: tl.constexpr,
+    HAS_SIDE: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_CROSS: tl.constexpr, HAS_UB: tl.constexpr,
+    HAS_DUP: tl.constexpr, HAS_DUB: tl.constexpr, HAS_DGATE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dup (N, E R), dup_bias and dgate (N) of BLOCK_C channels, as above"""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
