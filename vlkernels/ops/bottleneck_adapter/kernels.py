@@ -151,8 +151,8 @@ def bottleneck_adapter_fwd_kernel(
         keep = bottleneck_adapter_keep(tl.load(seed_ptr), offs_t, offs_r, R, drop_below, ROUTED, BLOCK_T, BLOCK_R)
         z *= keep.to(tl.float32) * keep_factor
     if ROUTED:
-        at = sample[:, None] * E + (offs_r // R)[None, :]
-        z *= tl.load(route_ptr + at, mask_t[:, None] & mask_r[None, :], 0.0).to(tl.float32)
+        shares = route_ptr + sample[:, None] * E + (offs_r // R)[None, :]
+        z *= tl.load(shares, mask_t[:, None] & mask_r[None, :], 0.0).to(tl.float32)
     z = _tl.cast(z, PRODUCT)
     level = tl.full((BLOCK_T,), 1.0, tl.float32)
     if GATE == "row":
@@ -238,8 +238,8 @@ def bottleneck_adapter_bwd_kernel(
         z *= factor
     route = factor
     if ROUTED:
-        at = sample[:, None] * E + (offs_r // R)[None, :]
-        route = tl.load(route_ptr + at, mask_tr, 0.0).to(tl.float32)
+        shares = route_ptr + sample[:, None] * E + (offs_r // R)[None, :]
+        route = tl.load(shares, mask_tr, 0.0).to(tl.float32)
         factor *= route
         mixed = _tl.cast(z * route, PRODUCT)
     else:
@@ -300,9 +300,9 @@ def bottleneck_adapter_bwd_kernel(
         dpre *= _tl.act_derivative(pre, ACT)
     dpre = _tl.cast(dpre, PRODUCT)
     if HAS_SCRATCH:
-        at = offs_t[:, None] * (R * E) + offs_r[None, :]
-        tl.store(z_ptr + at, mixed, mask_tr)
-        tl.store(dpre_ptr + at, dpre, mask_tr)
+        wide = offs_t[:, None] * (R * E) + offs_r[None, :]
+        tl.store(z_ptr + wide, mixed, mask_tr)
+        tl.store(dpre_ptr + wide, dpre, mask_tr)
     if HAS_DX:
         # means over the row of dn norm_weight and of that times xhat: <dpre, down norm_weight>, <dpre, along>
         mean_g = mean
