@@ -159,7 +159,10 @@ COMBINATIONS = [
     ("fp32", {"E": 2, "act": "none", "p": 0.25, "gate": "channel", "skip": "gated", "norm": "rms"}),
     ("bf16", {"E": 3, "gate": "element", "gate_act": "sigmoid", "norm": "layer", "adds": ("base",)}),
     ("fp32", {"gate": "channel", "gate_act": "sigmoid", "norm": "layer", "skip": "gated", "act": "quick_gelu"}),
-    ("bf16", {"gate": "sample", "gate_act": "sigmoid", "skip": "gated", "adds": ("residual",), "act": "gelu"}),
+    (
+        "bf16",
+        {"gate": "sample", "gate_act": "sigmoid", "skip": "gated", "scale": 0.6, "adds": ("residual",), "act": "gelu"},
+    ),
     ("amp-bf16", {"gate": "element", "norm": "rms", "adds": ("base", "residual"), "p": 0.1, "scale": -2.0}),
     ("amp-bf16", {"E": 2, "gate": "sample", "norm": "layer", "act": "silu"}),
     ("fp16", {"biases": False, "gate": "scalar", "gate_act": "sigmoid", "skip": "gated", "act": "gelu_tanh"}),

@@ -238,7 +238,7 @@ class Tile:
     out: int
     rank: int
     warps: int
-    stages: int = 2
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -261,18 +261,21 @@ def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype
             most //= 2
         return most
 
-    def tile(most: int, cols: int) -> Tile:
+    def tile(most: int, cols: int, stages: int) -> Tile:
         held = rows(most)
-        cols = 32 if wide or rank > 128 else cols
-        warps = 8 if held * rank > 32 * 64 * (1 if wide else 2) else 4
-        return Tile(held, min(cols, _lora.cover(dims.D)), min(cols, _lora.cover(dims.N)), rank, warps)
+        # h, z and their factors stay in registers beside a tile of y
+        warps = 8 if held * rank >= (32 * 64 if wide else 64 * 64) or (wide and rank > 64) else 4
+        return Tile(held, min(cols, _lora.cover(dims.D)), min(cols, _lora.cover(dims.N)), rank, warps, stages)
 
     def outer(width: int) -> weights.Tile:
         cols, held = min(64, _lora.cover(width)), min(rank, 64 if wide else 128)
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial sum costs 8 bytes a column and rank, against 2 or 4 a row and column of the pass itself
         splits = max(1, min(triton.cdiv(2 * sms, programs), dims.T // max(64, 4 * rank)))
-        return weights.Tile(32 if wide else 64, cols, held, 4 if cols * held <= 64 * 64 else 8, splits=splits)
+        warps = 8 if cols * held >= (64 * 64 if device_arch < 90 else 64 * 128) else 4
+        return weights.Tile(32 if wide else 64, cols, held, warps, splits=splits)
 
-    small = wide or rank > 128
-    return Config(tile(32 if small else 64, 64), tile(32 if small else 64, 64), outer(dims.D), outer(dims.N))
+    # a tile of a weight is addresses and operands in registers too: past these, builds for sm_80 and sm_90 spill
+    most = 16 if wide and rank > 64 else 32 if wide or rank > 64 else 64
+    forward = tile(most, 32 if wide or rank > 128 else 64, 2 if rank > 128 else 3)
+    return Config(forward, tile(most, 32 if wide or rank > 64 else 64, 2), outer(dims.D), outer(dims.N))
