@@ -261,21 +261,29 @@ def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype
             most //= 2
         return most
 
-    def tile(most: int, cols: int, stages: int) -> Tile:
+    def tile(most: int, cols: int, out: int, stages: int) -> Tile:
         held = rows(most)
         # h, z and their factors stay in registers beside a tile of y
-        warps = 8 if held * rank >= (32 * 64 if wide else 64 * 64) or (wide and rank > 64) else 4
-        return Tile(held, min(cols, _lora.cover(dims.D)), min(cols, _lora.cover(dims.N)), rank, warps, stages)
+        warps = 8 if rank > 64 or held * rank >= (32 * 64 if wide else 64 * 64) else 4
+        return Tile(held, min(cols, _lora.cover(dims.D)), min(out, _lora.cover(dims.N)), rank, warps, stages)
 
     def outer(width: int) -> weights.Tile:
         cols, held = min(64, _lora.cover(width)), min(rank, 64 if wide else 128)
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial sum costs 8 bytes a column and rank, against 2 or 4 a row and column of the pass itself
         splits = max(1, min(triton.cdiv(2 * sms, programs), dims.T // max(64, 4 * rank)))
-        warps = 8 if cols * held >= (64 * 64 if device_arch < 90 else 64 * 128) else 4
-        return weights.Tile(32 if wide else 64, cols, held, warps, splits=splits)
+        # operands that wgmma reads from shared memory take registers elsewhere
+        warps = 8 if cols * held >= (64 * 128 if device_arch == 90 else 64 * 64) else 4
+        return weights.Tile(32 if wide else 64, cols, held, warps, 3 if device_arch == 90 else 2, splits)
 
-    # a tile of a weight is addresses and operands in registers too: past these, builds for sm_80 and sm_90 spill
-    most = 16 if wide and rank > 64 else 32 if wide or rank > 64 else 64
-    forward = tile(most, 32 if wide or rank > 128 else 64, 2 if rank > 128 else 3)
-    return Config(forward, tile(most, 32 if wide or rank > 64 else 64, 2), outer(dims.D), outer(dims.N))
+    # a tile of a weight is addresses and operands in registers too: past these sizes builds spill
+    most = 64 if rank <= 64 and not wide else 32 if rank <= 64 or not wide else 16
+    cols = 32 if wide or rank > 128 else 64
+    forward = tile(most, cols, cols, 2 if rank > 128 else 3)
+    if rank > 64:
+        # under autocast a tile of x is there twice, before and after rounding
+        most = 16 if wide or loaded == torch.float32 else 32
+        backward = tile(most, 16 if wide or rank > 128 else 32, 16 if rank > 128 else 32, 2)
+    else:
+        backward = tile(most, cols, cols, 2)
+    return Config(forward, backward, outer(dims.D), outer(dims.N))

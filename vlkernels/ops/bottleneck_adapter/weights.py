@@ -117,7 +117,7 @@ def of_up(
     return grads | finish_up(parts, sums, extra, t["up"], plain_bias, gate, c.sigmoid, c.scale, wanted)
 
 
-FINISH = 32, 32  # channels and ranks of a tile; not timed on a GPU yet
+FINISH = 32, 16  # channels and ranks of a tile; not timed on a GPU yet
 
 
 def finish_down(parts, bias_sums, down, norm_weight, norm_bias, R: int, needs: dict[str, bool]) -> dict[str, Tensor]:
