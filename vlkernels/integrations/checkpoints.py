@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .adapter_keys import ADAPTER_MAPS
 from .gated_keys import GATED_MAPS
 from .mapper_keys import MAPPER_MAPS
 from .prefix_keys import PREFIX_MAPS
@@ -144,6 +145,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "abstractor.honeybee_c": _HONEYBEE_C,  # below abstractor.
     "projector.mobilevlm_ldp": _LDP,  # below model.mm_projector.
     "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
+    **ADAPTER_MAPS,
     **GATED_MAPS,
     **PREFIX_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.

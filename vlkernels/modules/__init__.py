@@ -1,6 +1,15 @@
 """Drop-in modules that stand alone, with plain parameter names; `integrations.checkpoints` maps upstream's to them."""
 
 from .abstractor import HoneybeeResampler, MPLUGOwl2Abstractor, MPLUGOwlAbstractor
+from .adapter_hub import AdapterHubAdapter
+from .adapters import (
+    BottleneckAdapter,
+    FrozenBiLMAdapter,
+    FrozenBiLMOutput,
+    MAGMAAdapter,
+    MAGMAWrapper,
+    make_adapter,
+)
 from .adaption_prompt import AdaptionPromptAttention, QaPLayer
 from .blip2 import Blip2Stage1
 from .connector import (
@@ -22,6 +31,7 @@ from .gated import (
     MllamaCrossAttentionDecoderLayer,
 )
 from .gated_media import MediaContext, MediaMask, mllama_mask
+from .lavin import LaVINBlock, LaVINCache, LaVINModality, RepAdapter, RepAdapterRouter, lavin_mask
 from .linear_projector import (
     EpalmConnector,
     FromageEmbeddings,
@@ -57,8 +67,34 @@ from .resampler_hf import (
 )
 from .scan import SS2D, MambaLayer, MambaState, VLMambaL2, VLMambaMLP
 from .visual_query import VisualQuery
+from .vl_adapter import LowRankLinear, PHMLinear, VLAdapter, VLAdapterController, VLHyperformer, share_phm_rule
+from .vl_pet import VLPETAdapter, VLPETAttention, VLPETDecoderLayer, VLPETEncoderLayer, VLPETT5EncoderLayer
 
 __all__ = [
+    "AdapterHubAdapter",
+    "BottleneckAdapter",
+    "FrozenBiLMAdapter",
+    "FrozenBiLMOutput",
+    "MAGMAAdapter",
+    "MAGMAWrapper",
+    "make_adapter",
+    "LaVINBlock",
+    "LaVINCache",
+    "LaVINModality",
+    "RepAdapter",
+    "RepAdapterRouter",
+    "lavin_mask",
+    "LowRankLinear",
+    "PHMLinear",
+    "VLAdapter",
+    "VLAdapterController",
+    "VLHyperformer",
+    "share_phm_rule",
+    "VLPETAdapter",
+    "VLPETAttention",
+    "VLPETDecoderLayer",
+    "VLPETEncoderLayer",
+    "VLPETT5EncoderLayer",
     "mllama_mask",
     "MediaMask",
     "MediaContext",

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import backends
 from ..integrations.checkpoints import to_ours, to_upstream
 from . import (
+    golden_adapters,
     golden_builders,
     golden_convs,
     golden_deformable,
@@ -46,6 +47,7 @@ from .golden_builders import GoldenError, Named
 # one line for each family
 BUILDERS = {
     **golden_builders.BUILDERS,
+    **golden_adapters.BUILDERS,
     **golden_convs.BUILDERS,
     **golden_deformable.BUILDERS,
     **golden_mappers.BUILDERS,
