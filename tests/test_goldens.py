@@ -22,6 +22,8 @@ on_triton = pytest.mark.skipif(not KERNELS_RUN, reason="neither a GPU nor Triton
 BACKENDS = ["reference", pytest.param("triton", marks=on_triton)]
 # the ops of a file, by the first beginning of its name that fits
 OPS = {
+    **dict.fromkeys(("adapterhub", "frozenbilm", "lavin_block", "lavin_router", "magma_normal", "magma_scaled",
+                     "vladapter", "vlpet"), ("bottleneck_adapter",)),
     # nothing to fuse in them
     **dict.fromkeys(("epalm", "fp4", "fromage", "llava_linear", "lora_embedding", "magma", "nf4",
                      "vl_adapter"), ()),

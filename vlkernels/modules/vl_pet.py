@@ -265,7 +265,8 @@ class VLPETDecoderLayer(nn.Module):
     values of the decoder and of enc, which is read in the first call only. task: of the adapter, default the first.
 
     Args: width, attn_heads, ff: of BART. r: the adapter's rank, 96 as published. tasks: names under which one adapter
-        stands, or with single=False one each. Parameters: BART's, and `encoder_attn.attn_value_parallel_adapter.adapters.<task>.{down,up}_sampler`.
+        stands, or with single=False one each.
+    Parameters: BART's, and `encoder_attn.attn_value_parallel_adapter.adapters.<task>.{down,up}_sampler`.
     """
 
     def __init__(
