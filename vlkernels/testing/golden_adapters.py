@@ -20,6 +20,7 @@ from ..modules import (
     VLPETEncoderLayer,
     lavin_mask,
 )
+from ..modules._adapter import OP_ACTS
 from ..modules.llama_adapter import interleaved_rotary, swiglu_width
 from .golden_builders import Builder, GoldenError, Named, Run, _accept
 
@@ -85,7 +86,7 @@ class _Attention(_Tied):
 def _magma(hp: Named) -> tuple[nn.Module, Run]:
     hp.only("type", "d", "factor", "ln")
     _accept(hp, "type", "normal", "parallel", "scaled_parallel", "attn_normal", "attn_scaled_parallel", "attn_parallel")
-    attention, _, kind = hp["type"].rpartition("attn_")
+    _, attention, kind = hp["type"].rpartition("attn_")
     d, scaled = hp["d"], kind == "scaled_parallel"
     options = {"parallel": kind != "normal", "scaled": scaled, "layer_norm": hp.get("ln", False)}
     if hp["type"] == "normal":
@@ -237,9 +238,7 @@ def _frozenbilm_ops(hp: Named) -> tuple[str, ...]:
 
 
 def _adapterhub_ops(hp: Named) -> tuple[str, ...]:
-    kw = hp.get("config_kw", {})
-    fused = kw.get("non_linearity", "relu").lower() not in ("leakyrelu", "tanh", "sigmoid", "mish", "relu6")
-    return _OP if fused else ()
+    return _OP if hp.get("config_kw", {}).get("non_linearity", "relu").lower() in OP_ACTS else ()
 
 
 BUILDERS: dict[str, Builder] = {
