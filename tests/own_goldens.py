@@ -25,7 +25,8 @@ def write(folder, module_id, hp, parameters, inputs, equation, same=()) -> None:
     tensors = {"param": p, "in": x, "out": out, "cot": cot}
     tensors["grad_param"] = {n: t.grad for n, t in p.items() if t.grad is not None}
     tensors["grad_in"] = {n: t.grad for n, t in x.items()}
-    flat = {f"{kind}.{n}": t.detach().clone(memory_format=torch.contiguous_format) for kind, of in tensors.items() for n, t in of.items()}
+    named = {f"{kind}.{n}": t.detach() for kind, of in tensors.items() for n, t in of.items()}
+    flat = {n: t.clone(memory_format=torch.contiguous_format) for n, t in named.items()}
     metadata = {"module": module_id, "hyperparameters": json.dumps(hp), "kind": "own", "set": "own"}
     save_file(flat, folder / "own.safetensors", metadata)
 

@@ -43,7 +43,7 @@ class PHMLinear(Projection):
         super().__init__()
         if k < 1 or width % k or out % k or rank < 1:
             raise ValueError(
-                f"{width} -> {out} in {k} parts of rank {rank}; accepted: a divisor of both, and 1 or more"
+                f"{width} -> {out} in k={k} parts of rank {rank}; accepted: a divisor of both, rank 1 or more"
             )
         self.k = k
         self.phm_rule = nn.Parameter(torch.empty(k, k, k, **made).normal_(std=1e-4))
