@@ -254,6 +254,8 @@ def test_inits():
     for weight in (hub.adapter_down[0].weight, hub.adapter_up.weight):
         assert 0.018 < float(weight.detach().std()) < 0.022
     assert not hub.adapter_up.bias.any() and not hub.adapter_down[0].bias.any()
+    weight = AdapterHubAdapter(400, "seq_bn", init_weights="houlsby").adapter_up.weight
+    assert 0.008 < float(weight.detach().std()) < 0.01 and float(weight.abs().max()) <= 0.02
     par = AdapterHubAdapter(400, "par_bn", scaling="learned", use_gating=True)
     assert not par.adapter_up.weight.any() and float(par.scaling) == 1.0 and par.factor == 1.0
     bound = 400**-0.5
@@ -280,7 +282,7 @@ def test_inits():
 
 
 OPTIONS = {"magma": {"factor": 2}, "hyperformer": {"tasks": ("a",), "layers": 2}, "vl_pet": {"r": 4, "heads": 2},
-           "lavin": {"r": 4}, "frozenbilm": {"ds_factor": 5}, "compacter": {"reduction": 5, "k": 2}}  # fmt: skip
+           "lavin": {"r": 4}, "lavin_rep": {"r": 4}, "frozenbilm": {"ds_factor": 5}, "compacter": {"reduction": 5, "k": 2}}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -447,7 +449,7 @@ def test_files_of_other_settings(name, tmp_path):
         (lambda: AdapterHubAdapter(D, "prefix"), "config is 'prefix'; accepted: seq_bn, double_seq_bn, par_bn"),
         (lambda: AdapterHubAdapter(D, "seq_bn", phm_layer=True), "seq_bn has no option 'phm_layer'"),
         (lambda: make_adapter("par_bn", D, residual_before_ln="post_add"), "residual_before_ln is 'post_add'"),
-        (lambda: AdapterHubAdapter(D, init_weights="zeros"), "init_weights is 'zeros'; accepted: bert, mam_adapter"),
+        (lambda: AdapterHubAdapter(D, init_weights="zeros"), "init_weights is 'zeros'; accepted: bert, houlsby"),
         (lambda: AdapterHubAdapter(D, scaling="free"), "scaling is 'free'; accepted: a number, 'learned'"),
         (lambda: AdapterHubAdapter(D, reduction_factor=64), "has rank 0; accepted: 1 or more"),
         (lambda: AdapterHubAdapter(D, reduction_factor=0), "reduction is 0; accepted: more than 0"),

@@ -38,7 +38,8 @@ class AdapterHubAdapter(SublayerAdapter):
             of output and h with adapter_residual_before_ln, which par_bn does not know).
         scaling: a number or "learned", the parameter `scaling` (1), 1 at the start.
         use_gating: D's output times the mean over the sequence of sigmoid(gate(D's input)), padding included.
-        init_weights: "bert" (weights N(0, 0.02)), "mam_adapter" (up zero: y = norm(h + r) at the start, bit for bit).
+        init_weights: "bert" (weights N(0, 0.02)), "houlsby" (N(0, 0.01), cut at two of them), "mam_adapter" (up zero:
+            y = norm(h + r) at the start, bit for bit).
 
     Parameters: `adapter_down.0` (R, D), `.1` with ln_before, where `.0` is `adapter_norm_before`; `adapter_up` (D, R),
     `adapter_norm_after`, `gate` (1, D), `scaling`. Source: adapters/methods/modeling.py.
@@ -76,13 +77,15 @@ class AdapterHubAdapter(SublayerAdapter):
         self._initialise(c["init_weights"])
 
     def _initialise(self, kind: str) -> None:
-        if kind not in ("bert", "mam_adapter"):
-            raise ValueError(f"init_weights is {kind!r}; accepted: bert, mam_adapter")
+        if kind not in ("bert", "houlsby", "mam_adapter"):
+            raise ValueError(f"init_weights is {kind!r}; accepted: bert, houlsby, mam_adapter")
         down, up = self.adapter_down[-2], self.adapter_up
         for linear in (down, up, self.gate):
             if linear is not None:
                 if kind == "bert" or linear is self.gate:
                     nn.init.normal_(linear.weight, std=0.02)
+                elif kind == "houlsby":
+                    nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
                 nn.init.zeros_(linear.bias)
         if kind == "mam_adapter":
             nn.init.zeros_(up.weight)
