@@ -198,6 +198,24 @@ def test_children(name):
     check_children(CASES[name])
 
 
+def test_hooks_on_containers_and_activations_are_called():
+    x = torch.randn(2, 3, D).double()
+    for kind, paths in (
+        ("double_seq_bn", ("adapter_down", "adapter_down.1")), ("magma", ("adapter", "adapter.1")),
+        ("vl_adapter", ("adapters.default", "adapters.default.activation")), ("frozenbilm", ("act",)),
+        ("vl_pet", ("act",)), ("bottleneck", ("act",)),
+    ):  # fmt: skip
+        adapter = randomised(make_adapter(kind, D, **OPTIONS.get(kind, {}))).double().eval()
+        want = adapter(x, x).detach()
+        for path in paths:
+            seen, child = [], adapter.get_submodule(path)
+            handle = child.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            got = adapter(x, x).detach()
+            assert seen, (kind, path)
+            assert float((got - want).abs().max()) <= 64 * compare.ulp(float(want.abs().max()), torch.float64)
+            handle.remove()
+
+
 def test_activations_outside_the_op_run_by_the_children():
     h, r = tokens()()
     for name in ("tanh", "leakyrelu"):
@@ -248,14 +266,15 @@ def test_zero_ups_change_nothing(backend, dtype, device):
         assert up.weight.grad.any(), kind
 
 
+@torch.no_grad()
 def test_inits():
     torch.manual_seed(0)
     hub = AdapterHubAdapter(400, "seq_bn")
     for weight in (hub.adapter_down[0].weight, hub.adapter_up.weight):
-        assert 0.018 < float(weight.detach().std()) < 0.022
+        assert 0.018 < float(weight.std()) < 0.022
     assert not hub.adapter_up.bias.any() and not hub.adapter_down[0].bias.any()
     weight = AdapterHubAdapter(400, "seq_bn", init_weights="houlsby").adapter_up.weight
-    assert 0.008 < float(weight.detach().std()) < 0.01 and float(weight.abs().max()) <= 0.02
+    assert 0.008 < float(weight.std()) < 0.01 and float(weight.abs().max()) <= 0.02
     par = AdapterHubAdapter(400, "par_bn", scaling="learned", use_gating=True)
     assert not par.adapter_up.weight.any() and float(par.scaling) == 1.0 and par.factor == 1.0
     bound = 400**-0.5
@@ -281,8 +300,15 @@ def test_inits():
 # -- uses ----------------------------------------------------------------------------------------------------------
 
 
-OPTIONS = {"magma": {"factor": 2}, "hyperformer": {"tasks": ("a",), "layers": 2}, "vl_pet": {"r": 4, "heads": 2},
-           "lavin": {"r": 4}, "lavin_rep": {"r": 4}, "frozenbilm": {"ds_factor": 5}, "compacter": {"reduction": 5, "k": 2}}  # fmt: skip
+OPTIONS = {
+    "magma": {"factor": 2},
+    "hyperformer": {"tasks": ("a",), "layers": 2},
+    "vl_pet": {"r": 4, "heads": 2},
+    "lavin": {"r": 4},
+    "lavin_rep": {"r": 4},
+    "frozenbilm": {"ds_factor": 5},
+    "compacter": {"reduction": 5, "k": 2},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -355,6 +381,8 @@ def test_dropout(backend, device):
         torch.manual_seed(2)
         got = torch.autograd.grad(checkpoint(adapter, x, use_reentrant=False).sum(), [x, *adapter.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        adapter.down.register_forward_hook(lambda *_: None)  # the children do it
+        assert not torch.equal(adapter(x), adapter(x))
         assert torch.equal(adapter.eval()(x), adapter(x))
 
 
