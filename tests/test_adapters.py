@@ -305,7 +305,6 @@ OPTIONS = {
     "hyperformer": {"tasks": ("a",), "layers": 2},
     "vl_pet": {"r": 4, "heads": 2},
     "lavin": {"r": 4},
-    "lavin_rep": {"r": 4},
     "frozenbilm": {"ds_factor": 5},
     "compacter": {"reduction": 5, "k": 2},
 }

@@ -35,7 +35,7 @@ from ._adapter import (
     scaling,
 )
 from .adapter_hub import CONFIGS, AdapterHubAdapter
-from .lavin import RepAdapter, RepAdapterRouter
+from .lavin import RepAdapterRouter
 from .vl_adapter import VLAdapterController, VLHyperformer
 from .vl_pet import VLPETAdapter
 
@@ -265,7 +265,6 @@ KINDS = {
     "hyperformer": VLHyperformer,
     "vl_pet": VLPETAdapter,
     "lavin": RepAdapterRouter,
-    "lavin_rep": RepAdapter,
     "frozenbilm": FrozenBiLMAdapter,
 }
 
