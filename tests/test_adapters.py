@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from adapter_equations import CASES, D, hub, tokens
 from equations import (
     BACKENDS,
-    Variant,
     check_checkpointing,
     check_children,
     check_copies,
@@ -15,19 +14,15 @@ from equations import (
     check_names,
     check_one_graph,
     check_rule,
-    layer_norm,
-    lin,
     on_triton,
     randomised,
 )
-from own_goldens import both, passes, write
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlkernels import backends, use_backend
 from vlkernels.modules import (
     AdapterHubAdapter,
-    BottleneckAdapter,
     FrozenBiLMAdapter,
     FrozenBiLMOutput,
     MAGMAAdapter,
@@ -37,120 +32,6 @@ from vlkernels.modules import (
 )
 from vlkernels.modules.adapters import KINDS
 from vlkernels.testing import compare
-
-D, OP = 20, ("bottleneck_adapter",)
-
-
-def tokens(count=2, *shape):
-    shape = shape or (3, 5, D)
-    return lambda: tuple(torch.randn(shape) for _ in range(count))
-
-
-# -- adapter-hub ---------------------------------------------------------------------------------------------------
-
-
-class End(nn.Module):
-    """An adapter and the block's norm, as the goldens have them."""
-
-    def __init__(self, adapter, norm=True):
-        super().__init__()
-        self.adapter, self.layer_norm = adapter, nn.LayerNorm(D) if norm else None
-
-    def forward(self, h, r):
-        return self.adapter(h, r, self.layer_norm)
-
-
-ACTS = {"relu": F.relu, "swish": F.silu, "gelu": F.gelu, "gelu_new": lambda t: F.gelu(t, approximate="tanh"),
-        "tanh": torch.tanh, "leakyrelu": F.leaky_relu}  # fmt: skip
-
-
-def hub(config, norm=True, **kw):
-    """Step by step: what D reads and what is added, the bottleneck, the sub-layer's own end."""
-    published = {"seq_bn": ("relu", 1.0), "double_seq_bn": ("swish", 1.0), "par_bn": ("relu", 4.0)}[config]
-    act, scaling = ACTS[kw.get("non_linearity", published[0])], kw.get("scaling", published[1])
-    before = kw.get("original_ln_before", config == "seq_bn")
-
-    def equation(p, h, r):
-        own = (lambda t: layer_norm(p, "layer_norm", t)) if norm else lambda t: t
-        if config == "par_bn":
-            x, kept = r, h
-        else:
-            x = own(h + r) if before else h
-            kept = {True: h, False: x, "post_add": h + r}[kw.get("residual_before_ln", True)]
-        n, i = x, int(kw.get("ln_before", False))
-        if i:
-            n = layer_norm(p, "adapter.adapter_norm_before", x)
-        y = lin(p, "adapter.adapter_up", act(lin(p, f"adapter.adapter_down.{i}", n)))
-        y = y * (p["adapter.scaling"] if scaling == "learned" else scaling)
-        if kw.get("use_gating"):
-            y = y * lin(p, "adapter.gate", x).sigmoid().mean(1, keepdim=True)
-        inside = kw.get("adapter_residual_before_ln", False) and config != "par_bn"
-        y = y + kept if inside else y
-        if kw.get("ln_after"):
-            y = layer_norm(p, "adapter.adapter_norm_after", y)
-        y = y if inside else y + kept
-        return own(y + r) if kw.get("original_ln_after", True) else y
-
-    return Variant(
-        "adapter.adapterhub", lambda: End(AdapterHubAdapter(D, config, **{"reduction_factor": 4, **kw}), norm),
-        equation, tokens(), (*OP, *(("norm_residual",) if kw.get("ln_after") else ())),
-    )  # fmt: skip
-
-
-HUB = {
-    "seq": hub("seq_bn"),
-    "seq without norm": hub("seq_bn", norm=False, ln_before=True),
-    "seq everything": hub("seq_bn", ln_before=True, ln_after=True, use_gating=True, scaling="learned"),
-    "seq residual after the norm": hub("seq_bn", residual_before_ln=False, use_gating=True),
-    "seq post_add": hub("seq_bn", residual_before_ln="post_add", scaling=0.5),
-    "seq inner residual": hub("seq_bn", ln_after=True, adapter_residual_before_ln=True, non_linearity="gelu_new"),
-    "seq open end": hub("seq_bn", original_ln_after=False),
-    "double": hub("double_seq_bn"),
-    "double without norm": hub("double_seq_bn", norm=False, ln_before=True, non_linearity="gelu", scaling="learned"),
-    "double ln_after": hub("double_seq_bn", ln_after=True, original_ln_before=True),
-    "par": hub("par_bn"),
-    "par everything": hub("par_bn", ln_before=True, ln_after=True, use_gating=True, scaling="learned"),
-}
-
-
-# -- the others ----------------------------------------------------------------------------------------------------
-
-
-def magma(p, x, top="adapter", first=0):
-    n = layer_norm(p, f"{top}.0", x) if first else x
-    return lin(p, f"{top}.{first + 2}", lin(p, f"{top}.{first}", n).relu())
-
-
-def frozen(ln_before=False, ln_after=False, top=""):
-    def equation(p, x, r=None):
-        if ln_after:
-            return x + layer_norm(p, f"{top}ln", x)
-        n = layer_norm(p, f"{top}ln", x) if ln_before else x
-        return x + lin(p, f"{top}up", lin(p, f"{top}down", n).relu())
-
-    return equation
-
-
-OTHERS = {
-    "magma": Variant("adapter.magma", lambda: MAGMAAdapter(D, 4), lambda p, x: x + magma(p, x), tokens(1), OP),
-    "magma ln": Variant("adapter.magma", lambda: MAGMAAdapter(D, 3, layer_norm=True),
-                        lambda p, x: x + magma(p, x, first=1), tokens(1), OP),
-    "magma parallel": Variant("adapter.magma", lambda: MAGMAWrapper(nn.Linear(D, D), D, parallel=True),
-                              lambda p, x: lin(p, "module", x) + magma(p, x), tokens(1), OP),
-    "magma scaled parallel": Variant(
-        "adapter.magma", lambda: MAGMAWrapper(nn.Linear(D, D), D, parallel=True, scaled=True, layer_norm=True),
-        lambda p, x: lin(p, "module", x) + p["adapter_scale"] * magma(p, x, first=1), tokens(1), OP,
-    ),
-    "frozenbilm": Variant("adapter.frozenbilm", lambda: FrozenBiLMAdapter(D, 4), frozen(), tokens(1), OP),
-    "frozenbilm ln": Variant("adapter.frozenbilm", lambda: FrozenBiLMAdapter(D, 5, ln_before=True), frozen(True),
-                             tokens(1), OP),
-    "frozenbilm output": Variant(
-        "adapter.frozenbilm_output", lambda: FrozenBiLMOutput(D, 28, 5, ln_before=True),
-        lambda p, x, r: layer_norm(p, "LayerNorm", frozen(True, top="adapter.")(p, lin(p, "dense", x)) + r, 1e-7),
-        lambda: (torch.randn(3, 5, 28), torch.randn(3, 5, D)), OP,
-    ),
-}  # fmt: skip
-CASES = HUB | OTHERS
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +192,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_called_alike(kind):
     """branch + residual, then the norm, is the call; with a norm of a post-norm block, a pre-norm one, and odd rows."""
     adapter = randomised(make_adapter(kind, D, **OPTIONS.get(kind, {"reduction_factor": 5} if "bn" in kind else {})))
@@ -409,100 +291,3 @@ def test_bfloat16(name, device):
     exact = [results(copy.deepcopy(m).double(), "reference", [x.double() for x in i]) for m, i in draws]
     usual = [results(m, "reference", i) for m, i in draws]
     compare.assert_model(got, list(zip(usual, exact, strict=True)))
-
-
-# -- files as upstream writes them ---------------------------------------------------------------------------------
-
-
-X = {"x": (2, 3, D)}
-FILES = {
-    "hub ln_before": (
-        "adapter.adapterhub",
-        {"config": "seq_bn", "d": D, "config_kw": {"reduction_factor": 4, "ln_after": True, "use_gating": True,
-                                                   "scaling": "learned", "residual_before_ln": "post_add"}},
-        {"layer_norm.weight": (D,), "layer_norm.bias": (D,), **both("adapter.adapter_down.0", 5, D),
-         **both("adapter.adapter_up", D, 5), **both("adapter.gate", 1, D), "adapter.scaling": (1,),
-         "adapter.adapter_norm_after.weight": (D,), "adapter.adapter_norm_after.bias": (D,)},
-        {"hidden_states": (2, 3, D), "input_tensor": (2, 3, D)},
-        hub("seq_bn", ln_after=True, use_gating=True, scaling="learned", residual_before_ln="post_add").equation,
-    ),
-    "hub leakyrelu": (
-        "adapter.adapterhub", {"config": "par_bn", "d": D, "config_kw": {"non_linearity": "leakyrelu"},
-                               "with_ln": False},
-        {**both("adapter.adapter_down.0", 10, D), **both("adapter.adapter_up", D, 10)},
-        {"hidden_states": (2, 3, D), "input_tensor": (2, 3, D)},
-        hub("par_bn", norm=False, non_linearity="leakyrelu").equation,
-    ),
-    "magma attention": (
-        "adapter.magma", {"type": "attn_normal", "d": D, "factor": 4, "ln": True},
-        {**both("attn_block.lin", D, D), **both("adapter.1", 5, D), **both("adapter.3", D, 5), "adapter.0.weight": (D,),
-         "adapter.0.bias": (D,)},
-        X, lambda p, x: (h := lin(p, "attn_block.lin", x)) + magma(p, h, first=1),
-    ),
-    "magma parallel attention": (
-        "adapter.magma", {"type": "attn_scaled_parallel", "d": D, "factor": 5, "ln": False},
-        {**both("module", D, D), **both("adapter.0", 4, D), **both("adapter.2", D, 4), "adapter_scale": (1,)},
-        X, lambda p, x: lin(p, "module", x) + p["adapter_scale"] * magma(p, x),
-    ),
-    "frozenbilm ln_after": (
-        "adapter.frozenbilm", {"d": D, "ds": 4, "ln_before": False, "ln_after": True},
-        {**both("down", 5, D), **both("up", D, 5), "ln.weight": (D,), "ln.bias": (D,)}, X, frozen(ln_after=True),
-    ),
-    "frozenbilm ff": (
-        "adapter.frozenbilm_output", {"which": "ff", "d": D, "ff": 28, "ds": 4},
-        {**both("dense", D, 28), **both("adapter.down", 5, D), **both("adapter.up", D, 5), "LayerNorm.weight": (D,),
-         "LayerNorm.bias": (D,)},
-        {"x": (2, 3, 28), "residual": (2, 3, D)}, OTHERS["frozenbilm output"].equation,
-    ),
-}  # fmt: skip
-FILES["frozenbilm ff"] = (*FILES["frozenbilm ff"][:4], lambda p, x, r: layer_norm(
-    p, "LayerNorm", frozen(top="adapter.")(p, lin(p, "dense", x)) + r, 1e-7))  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_files_of_other_settings(name, tmp_path):
-    """Settings that the recorded goldens do not have: builder, names and numbers."""
-    write(tmp_path, *FILES[name])
-    passes(tmp_path)
-
-
-# -- bad input -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make, says",
-    [
-        (lambda: make_adapter("lora", D), "kind is 'lora'; accepted: bottleneck, seq_bn"),
-        (lambda: AdapterHubAdapter(D, "prefix"), "config is 'prefix'; accepted: seq_bn, double_seq_bn, par_bn"),
-        (lambda: AdapterHubAdapter(D, "seq_bn", phm_layer=True), "seq_bn has no option 'phm_layer'"),
-        (lambda: make_adapter("par_bn", D, residual_before_ln="post_add"), "residual_before_ln is 'post_add'"),
-        (lambda: AdapterHubAdapter(D, init_weights="zeros"), "init_weights is 'zeros'; accepted: bert, houlsby"),
-        (lambda: AdapterHubAdapter(D, scaling="free"), "scaling is 'free'; accepted: a number, 'learned'"),
-        (lambda: AdapterHubAdapter(D, reduction_factor=64), "has rank 0; accepted: 1 or more"),
-        (lambda: AdapterHubAdapter(D, reduction_factor=0), "reduction is 0; accepted: more than 0"),
-        (lambda: BottleneckAdapter(0), "width is 0; accepted: 1 or more"),
-        (lambda: BottleneckAdapter(D, norm="batch"), "norm is 'batch'; accepted: none, layer, rms"),
-        (lambda: BottleneckAdapter(D, dropout=1.0), "dropout is 1.0; accepted: a dropout probability"),
-        (lambda: MAGMAAdapter(D, scaled=True), "scaled=True with parallel=False"),
-        (lambda: FrozenBiLMAdapter(D, 8), "width is 20, ds_factor 8; accepted: a divisor"),
-    ],
-)  # fmt: skip
-def test_bad_construction(make, says):
-    with pytest.raises(ValueError, match=says):
-        make()
-
-
-@pytest.mark.parametrize(
-    "call, says",
-    [
-        (lambda h, r: make_adapter("seq_bn", D)(h), "residual is None; accepted by this AdapterHubAdapter"),
-        (lambda h, r: make_adapter("par_bn", D)(h, r[:1]), r"residual has shape \(1, 3, 20\); accepted: that"),
-        (lambda h, r: make_adapter("magma", D)(h[..., :4]), r"hidden has shape \(2, 3, 4\); accepted: \(..., D\)"),
-        (lambda h, r: make_adapter("seq_bn", D, use_gating=True)(h[0], r[0]), r"accepted with use_gating: \(B, L, D\)"),
-        (lambda h, r: make_adapter("seq_bn", D, original_ln_after=False).branch(h, r), "original_ln_after=False"),
-        (lambda h, r: make_adapter("magma", D)("text"), "hidden must be a torch.Tensor, got str"),
-    ],
-)  # fmt: skip
-def test_bad_input(call, says):
-    with pytest.raises((TypeError, ValueError), match=says):
-        call(*tokens(2, 2, 3, D)())
