@@ -289,10 +289,10 @@ def test_bad_input(make, says):
 
 @on_triton
 def test_odd_rows_on_kernels(device):
-    """One token, a single sample, and slices of a wider buffer."""
+    """One token, a single sample, none, and slices of a wider buffer."""
     ctrl = randomised(VLAdapterController(D, reduction=4, ln_before=True)).to(device)
     wide = torch.randn(3, 7, D + 8, device=device)
-    for x in (wide[:1, :1, :D], wide[..., 8:], wide[:, ::3, :D]):
+    for x in (wide[:0, :, :D], wide[:1, :1, :D], wide[..., 8:], wide[:, ::3, :D]):
         with use_backend("triton"):
             got = ctrl(x).detach()
         assert compare.beside("y", got, ctrl(x), copy.deepcopy(ctrl).double()(x.double())).ok
