@@ -129,7 +129,9 @@ def bottleneck(
     """
     downs = list(down) if isinstance(down, (Sequence, nn.ModuleList)) else [down]
     name = OP_ACTS.get(getattr(act, "name", ""))
-    read = name is not None and fusable(norm) and plain(*downs, up, kinds=kinds) and all(map(_stock, (act, *around)))
+    read = (
+        name is not None and norm_fusable(norm) and plain(*downs, up, kinds=kinds) and all(map(_stock, (act, *around)))
+    )
     weights = [dense(d) for d in downs] if read else []
     if read and len({bias is None for _, bias in weights}) == 1:
         up_weight, up_bias = dense(up)
@@ -180,7 +182,7 @@ def dense(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, projection.bias
 
 
-def fusable(norm: nn.Module | None) -> bool:
+def norm_fusable(norm: nn.Module | None) -> bool:
     """The op may do the norm itself: over the last axis, with what its weights say and no more."""
     return norm is None or (
         plain(norm, kinds=(nn.LayerNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1 and norm.eps is not None
@@ -189,7 +191,7 @@ def fusable(norm: nn.Module | None) -> bool:
 
 def normed_sum(x: Tensor, norm: nn.Module, other: Tensor | None) -> Tensor:
     """norm(x) + other; of a plain norm x alone is kept for backward."""
-    if other is None or not fusable(norm):
+    if other is None or not norm_fusable(norm):
         return norm(x) if other is None else norm(x) + other
     return norm_residual(x, other, **norm_options(norm, "weight", "bias"))
 

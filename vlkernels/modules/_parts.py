@@ -33,6 +33,21 @@ def plain(
     )
 
 
+def fusable(*children: nn.Module | None, bias: bool = False) -> bool:
+    """`plain` of linears and norms, RMSNorms among them, where the linears have a bias or, as most, none."""
+    return plain(*children, kinds=(nn.Linear, nn.LayerNorm, nn.RMSNorm), bias=bias)
+
+
+class GatedLinears(nn.Module):
+    """The children of a gated feed-forward, named as transformers names them: gate_proj, up_proj, down_proj."""
+
+    def __init__(self, width: int, inner: int, **made):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False, **made)
+        self.up_proj = nn.Linear(width, inner, bias=False, **made)
+        self.down_proj = nn.Linear(inner, width, bias=False, **made)
+
+
 def norm_options(norm: nn.LayerNorm | nn.RMSNorm | None, weight: str = "norm_weight", bias: str = "norm_bias") -> dict:
     """The arguments of an op that does the norm itself, its scale and shift under the names that the op gives them."""
     if norm is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ops._shuffle import ACTS
 from ..ops.modality_linear import modality_linear
 from ._children import child_problem
+from ._parts import GatedLinears
 from .lora_blocks import rotary, rotated
 
 LANGUAGE, VISION = 0, 1
@@ -154,13 +155,7 @@ class CogVLMVisualExpertAttention(nn.Module):
         return through(y, index, (self.language_expert_dense, self.vision_expert_dense)), cache
 
 
-class _GatedMLP(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, made: dict):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **made)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, **made)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, **made)
-
+class _GatedMLP(GatedLinears):
     def forward(self, x: Tensor) -> Tensor:
         """W_down(silu(W_gate x) * W_up x), of which neither silu nor the product is kept for backward."""
         index = torch.zeros(x.shape[:-1], dtype=torch.int32, device=x.device)
@@ -175,8 +170,8 @@ class CogVLMVisualExpertMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, made: dict):
         super().__init__()
-        self.language_mlp = _GatedMLP(hidden_size, intermediate_size, made)
-        self.vision_mlp = _GatedMLP(hidden_size, intermediate_size, made)
+        self.language_mlp = _GatedMLP(hidden_size, intermediate_size, **made)
+        self.vision_mlp = _GatedMLP(hidden_size, intermediate_size, **made)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         both = (self.language_mlp, self.vision_mlp)
@@ -331,7 +326,7 @@ class MPLUGOwl2DecoderLayer(nn.Module):
         self.self_attn.k_proj = MultiwayLinear(hidden_size, width, made)
         self.self_attn.v_proj = MultiwayLinear(hidden_size, width, made)
         self.self_attn.o_proj = nn.Linear(hidden_size, hidden_size, bias=False, **made)
-        self.mlp = _GatedMLP(hidden_size, intermediate_size, made)
+        self.mlp = _GatedMLP(hidden_size, intermediate_size, **made)
         self.input_layernorm = MultiwayNorm(hidden_size, eps, made)
         self.post_attention_layernorm = MultiwayNorm(hidden_size, eps, made)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._parts import check_level
+from ._parts import GatedLinears, check_level
 from .gated_layers import GatedAttention, check_media, gated_attention, gated_mlp, linear_act
 from .gated_media import MediaContext, MediaMask, mllama_mask
 
@@ -156,14 +156,6 @@ class _CrossAttention(GatedAttention, nn.Module):
         return None if name is None else getattr(self, name)
 
 
-class _GatedMLP(nn.Module):
-    def __init__(self, width, inner, **made):
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False, **made)
-        self.up_proj = nn.Linear(width, inner, bias=False, **made)
-        self.down_proj = nn.Linear(inner, width, bias=False, **made)
-
-
 class IdeficsGatedCrossAttentionLayer(nn.Module):
     """transformers' IDEFICS layer: x (B, T, D) and image_hidden_states (B, N, C) -> (B, T, D).
 
@@ -213,7 +205,7 @@ class IdeficsGatedCrossAttentionLayer(nn.Module):
             rms_norm_eps,
             **made,
         )
-        self.mlp = _GatedMLP(hidden_size, intermediate_size, **made)
+        self.mlp = GatedLinears(hidden_size, intermediate_size, **made)
         self.input_layernorm = nn.RMSNorm(hidden_size, eps=rms_norm_eps, **made)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=rms_norm_eps, **made)
         shape = (1,) if alpha_type == "float" else (1, 1, hidden_size)
@@ -307,7 +299,7 @@ class MllamaCrossAttentionDecoderLayer(nn.Module):
         )  # fmt: skip
         self.input_layernorm = nn.RMSNorm(hidden_size, eps=rms_norm_eps, **made)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1, **made))
-        self.mlp = _GatedMLP(hidden_size, intermediate_size, **made)
+        self.mlp = GatedLinears(hidden_size, intermediate_size, **made)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=rms_norm_eps, **made)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1, **made))
 

@@ -18,9 +18,8 @@ from ..ops.gated_residual import gated_residual
 from ..ops.media_cross_attention import media_cross_attention
 from ..ops.mlp_projector import mlp_projector
 from ._children import child_problem
-from ._parts import norm_options, packed_projection
+from ._parts import fusable, norm_options, packed_projection
 from .gated_media import MediaContext
-from .resampler_layers import fusable
 
 
 class GatedAttention:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.media_cross_attention import spans
 from ._kv import layers_kv
-from .resampler_layers import fusable
+from ._parts import fusable
 
 
 @dataclass(frozen=True)

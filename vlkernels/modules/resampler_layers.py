@@ -24,7 +24,7 @@ from ..ops.linear_projector import linear_projector
 from ..ops.mlp_projector import mlp_projector
 from ._children import hook_problem
 from ._kv import layers_kv
-from ._parts import norm_options, plain
+from ._parts import fusable, norm_options
 from .resampler_media import Media
 
 
@@ -186,11 +186,6 @@ class ResamplerLayer(nn.Module):
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------
-
-
-def fusable(*children: nn.Module | None, bias: bool = False) -> bool:
-    """The ops may read the children's parameters themselves, and the linears have a bias or, as most, none."""
-    return plain(*children, kinds=(nn.Linear, nn.LayerNorm, nn.RMSNorm), bias=bias)
 
 
 def called(block: nn.Module, kind: type) -> bool:
