@@ -19,7 +19,8 @@ KERNELS = ["selective_scan/selective_scan_fwd.cu", "selective_scan/selective_sca
 # every switch: two chunks with an end inside of a tile, two blocks of channels, groups, a gate, a state, no softplus
 CASES = {
     "csm": Case("csm", {"T": 15, "H": 3, "W": 5, "D": 7, "S": 16, "G": 1}, {"scan": "rcRC", "d": True, "state": True}),
-    "chunks": Case("chunks", {"T": 30, "H": 5, "W": 6, "D": 5, "S": 3, "G": 1}, {"scan": "Cr"}),
+    # two states kept on the way
+    "chunks": Case("chunks", {"T": 81, "H": 9, "W": 9, "D": 5, "S": 3, "G": 1}, {"scan": "Cr"}),
     "gated": Case("gated", {"T": 18, "H": 9, "W": 1, "D": 34, "S": 4, "G": 1}, {"scan": "r", "d": True, "z": True}),
     "groups": Case("groups", {"T": 3, "H": 3, "W": 1, "D": 8, "S": 5, "G": 2},
                    {"scan": "R", "state": True, "delta_bias": False, "softplus": False}),
