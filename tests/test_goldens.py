@@ -23,7 +23,7 @@ BACKENDS = ["reference", pytest.param("triton", marks=on_triton)]
 # the ops of a file, by the first beginning of its name that fits
 OPS = {
     # nothing to fuse in them
-    **dict.fromkeys(("epalm", "fp4", "fromage", "llava_linear", "lora_embedding", "magma", "nf4",
+    **dict.fromkeys(("epalm", "fp4", "fromage", "llava_linear", "lora_embedding", "lst", "magma", "nf4",
                      "vl_adapter"), ()),
     "lora_attention_bias": ("lora_qkv",),
     "lora_llama_layer_r5": ("lora_linear", "lora_mlp", "lora_qkv"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .gated_keys import GATED_MAPS
+from .ladder_keys import LADDER_MAPS
 from .mapper_keys import MAPPER_MAPS
 from .prefix_keys import PREFIX_MAPS
 from .qformer_keys import QFORMER_MAPS
@@ -145,6 +146,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "projector.mobilevlm_ldp": _LDP,  # below model.mm_projector.
     "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
     **GATED_MAPS,
+    **LADDER_MAPS,
     **PREFIX_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,

@@ -35,6 +35,7 @@ from . import (
     golden_deformable,
     golden_experts,
     golden_gated,
+    golden_ladder,
     golden_mappers,
     golden_prefix,
     golden_qformers,
@@ -55,6 +56,7 @@ BUILDERS = {
     **golden_gated.BUILDERS,
     **golden_scans.BUILDERS,
     **golden_prefix.BUILDERS,
+    **golden_ladder.BUILDERS,
 }
 
 # -- files ---------------------------------------------------------------------------------------------------------
