@@ -1,8 +1,8 @@
 """Ladders on transformers' models: add, take off, first weights, save and load what is trained.
 
-    model = T5ForConditionalGeneration.from_pretrained("t5-base")          # or LlamaForCausalLM
+    model = T5ForConditionalGeneration.from_pretrained("t5-base")  # or a LlamaForCausalLM
     add_ladder(model, reduction=4, importance=fisher_importance(model, batches))
-    ...                                                                    # train as usual: only the side requires gradients
+    ...  # train as usual: only the side network requires gradients
     save_ladder(model, "ladder.safetensors")
 
 The equation, the switches and why a fresh ladder is not its backbone: `vlkernels.modules.ladder`.
@@ -43,15 +43,15 @@ def add_ladder(
 ) -> nn.Module:
     """Put a side network beside a T5ForConditionalGeneration or a LlamaForCausalLM, in place; returns the model.
 
-    The backbone's state dict keeps every name and value and is frozen; what is new requires gradients. The model's forward
-    and generate take what they took; the side network's keys and values lie in the same cache. The gradient of
+    The backbone's state dict keeps every name and value and is frozen; what is new requires gradients. The model's
+    forward and generate take what they took; the side network's keys and values lie in the same cache. The gradient of
     inputs_embeds that require one goes through the backbone too, which then keeps its activations.
 
     Args:
         reduction ... upstream_text_quirks: see modules.LadderConfig; encoder_layers is for T5.
-        visual: for T5 the options of modules.VisualEmbedding ({"feat_dim": 2048, ...}): `encoder.visual_embedding` makes
-            image tokens of forward's vis_feats (B, N, C) and boxes (B, N, 4), for the side network alone. A Llama takes
-            vis_embeds (B, N, D), made by a projector of the user's, as they are.
+        visual: for T5 the options of modules.VisualEmbedding ({"feat_dim": 2048, ...}): `encoder.visual_embedding`
+            makes image tokens of forward's vis_feats (B, N, C) and boxes (B, N, 4), for the side network alone. A Llama
+            takes vis_embeds (B, N, D), made by a projector of the user's, as they are.
         importance: by parameter name, from `fisher_importance(model, batches)`; None: magnitude.
         init: "backbone": side layers, their norms and the relative position bias from the backbone's, pruned (see
             modules.ladder_init); "random": as transformers' constructors leave them. P and the upsampling are random.

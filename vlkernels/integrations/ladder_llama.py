@@ -1,8 +1,8 @@
 """Llama with a ladder: the side network for decoder-only models, which upstream does not have.
 
 The parts sit on LlamaModel under the names that upstream gives a decoder's, `side_final_upsample` among them. Backbone
-and side layers are transformers' LlamaDecoderLayer; a side layer has the backbone's heads, each head width / R wide, and
-rotary frequencies of that width. Images, if any, come before the text and reach the side network alone, as in VLT5.
+and side layers are transformers' LlamaDecoderLayer; a side layer has the backbone's heads, each head width / R wide,
+and rotary frequencies of that width. Images, if any, come before the text and reach the side network alone, as in VLT5.
 """
 
 from __future__ import annotations

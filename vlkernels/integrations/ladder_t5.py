@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..modules.ladder import Ladder, LadderConfig, rungs, upsample
 from .swap import Shown, finished
 
+_ORDER = "encoder.visual_embedding.obj_order_embedding.weight"
+
 
 def grow(kept, count: int, longest: int | None = None) -> None:
     """Give a transformers cache `count` layers: the side network's stand after the backbone's in the same cache."""
@@ -62,6 +64,9 @@ def add_to_t5(model: nn.Module, config: LadderConfig, visual: dict | None) -> No
             options["obj_order_embedding"] = model.shared
         model.encoder.visual_embedding = VisualEmbedding(d_model=whole.d_model, **options)
         model.encoder.side_visual = dict(visual)
+        if "obj_order_embedding" in options:
+            # so that saving and resizing know it for the word table
+            model._tied_weights_keys = {**model._tied_weights_keys, _ORDER: "shared.weight"}
     model.side_final_upsample = upsample(config, whole.d_model)
     model.__class__ = model_class(type(model))
 
@@ -73,6 +78,7 @@ def remove_from_t5(model: nn.Module) -> None:
         stack.__class__ = type(stack).vlkernels_original
     if hasattr(model.encoder, "visual_embedding"):
         del model.encoder.visual_embedding
+        model.__dict__.pop("_tied_weights_keys", None)
     del model.side_final_upsample
     model.__class__ = type(model).vlkernels_original
 

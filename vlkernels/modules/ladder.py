@@ -2,13 +2,15 @@
 
     s_0 = P_0(x),    s <- g_i s + (1 - g_i) P_i(h_i),    s <- Side_i(s),    logits = head(up(norm(s)))
 
-h_i is the output of the backbone's layer i, P_0 and P_i are Linear(D, D / R), Side_i is the backbone's own kind of layer
-with D / R, F / R and head width / R, g_i = sigmoid(alpha_i / T). No gradient reaches the backbone: it keeps nothing for
-backward. Only the side network speaks at the end, so a fresh ladder does NOT equal its backbone at step 0: `up` and
-every P are random, and even with perfect ones the head would see D / R numbers.
+h_i is the output of the backbone's layer i, P_0 and P_i are Linear(D, D / R), Side_i is the backbone's own kind of
+layer with D / R, F / R and head width / R, g_i = sigmoid(alpha_i / T). No gradient reaches the backbone: it keeps
+nothing for backward. The logits are head(up(norm(s))), and the last h_i gets there only through P_i and s: a fresh
+ladder does NOT equal its backbone at step 0. `up` and every P are random there, and with the best of them the head
+still reads D / R numbers a token.
 
-The parts are plain PyTorch and sit under upstream's names on whatever runs the layers; `integrations.ladder` puts them on
-transformers' T5 and Llama. Source: ylsung/Ladder-Side-Tuning VL-T5/src/my_transformers/modeling_t5.py, modeling_t5.py.
+The parts are plain PyTorch and sit under upstream's names on whatever runs the layers; `integrations.ladder` puts them
+on transformers' T5 and Llama. Source: ylsung/Ladder-Side-Tuning VL-T5/src/my_transformers/modeling_t5.py and
+VL-T5/src/modeling_t5.py.
 """
 
 from __future__ import annotations
@@ -28,16 +30,16 @@ GATES = ("learned", "schedule", "one", "none")
 class LadderConfig:
     """The switches of a ladder; every one is upstream's.
 
-    reduction: R. Published: 4 for vision and language (upstream's argument defaults to 8). 1 makes every P the identity.
+    reduction: R. Published: 4 for vision and language; upstream's argument defaults to 8. 1: every P is the identity.
     encoder_layers, decoder_layers: ascending numbers of the layers that keep a rung (gate, P_i, Side_i); None: all.
     gate: "learned" g = sigmoid(alpha / gate_T), alpha one number a layer, at first gate_alpha; "schedule" and "one" a
         buffer a layer, at first 1, for a schedule of the user's (`set_gates`) or none; "none": s + P_i(h_i), no gate.
     add_residual_after: mix after Side_i instead of before it.
     pool: AdaptiveAvgPool1d over the channels in place of each P_i (not of P_0).
     bias: of P_0, P_i and `up`.
-    upstream_text_quirks: what upstream's text-only class does and its vision-language class does not: the encoder's side
-        blocks after the first lose the relative position bias, and the decoder's side cross-attention sees padding.
-        For checkpoints trained there.
+    upstream_text_quirks: what upstream's text-only class does and its vision-language class does not: the encoder's
+        side blocks after the first lose the relative position bias, and the decoder's side cross-attention sees
+        padding. For checkpoints trained there.
     """
 
     reduction: int = 4

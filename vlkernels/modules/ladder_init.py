@@ -1,7 +1,7 @@
 """First weights of a side network: rows and columns of the backbone's, chosen by importance. arXiv 2206.06522, 3.3.
 
-Upstream walks the weights in the order in which the residual stream passes them. A weight keeps the columns that the one
-before it kept as rows, then keeps the 1 / R of its rows whose importance, summed over the kept columns, is the largest.
+Upstream walks the weights in the order in which the residual stream passes them. A weight keeps the columns that the
+one before it kept as rows, then the 1 / R of its rows whose importance, summed over the kept columns, is the largest.
 q, k and v of an attention keep the same rows, by the product of their importances. Each writer of the residual stream
 chooses for itself: a column of the stream is not the same channel all the way up.
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 def fisher_importance(model: nn.Module, batches: Iterable[Mapping], samples: int = 1024) -> dict[str, Tensor]:
     """Sum over batches of the squared gradient of model(**batch).loss, for each parameter by its name.
 
-    Take it from the model before it gets its ladder, from batches of one sample: the square of a mean is not the mean of
-    squares. Runs in eval mode; training mode, requires_grad and gradients are what they were afterwards.
+    Take it from the model before it gets its ladder, from batches of one sample: the square of a mean is not the mean
+    of squares. Runs in eval mode; training mode, requires_grad and gradients are what they were afterwards.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; accepted: 1 or more")
@@ -133,8 +133,8 @@ def prune_llama(
 ) -> dict[str, Tensor]:
     """The same walk over a Llama (our extension; upstream has none).
 
-    q and k keep in every head the rotary pairs 0, R, 2R, ..., the ones whose frequencies a head of width / R has; v keeps
-    the strongest channels of each key/value head, and o the columns that read them.
+    q and k keep in every head the rotary pairs 0, R, 2R, ..., the ones whose frequencies a head of width / R has; v
+    keeps the strongest channels of each key/value head, and o the columns that read them.
     """
     embedding = "model.embed_tokens.weight"
     width = state[embedding].shape[1]
