@@ -147,7 +147,7 @@ def stack_class(original: type) -> type:
             else:
                 mask = side_mask = create_bidirectional_mask(attention_mask=attention_mask, **masks)
                 if images:
-                    both = joined_mask(attention_mask, vis_attention_mask, x, images)
+                    both = joined_mask(attention_mask, vis_attention_mask, x, images)  # None when both are
                     side_mask = create_bidirectional_mask(config=config, inputs_embeds=side_x, attention_mask=both)
             cross = side_cross = None
             if self.is_decoder and encoder_hidden_states is not None:
@@ -220,9 +220,11 @@ def stack_class(original: type) -> type:
     return finished(Fused, original, __name__)
 
 
-def joined_mask(text: Tensor | None, image: Tensor | None, x: Tensor, images: int) -> Tensor:
-    """(B, L + N) of two masks, 1 = keep; None is all ones."""
+def joined_mask(text: Tensor | None, image: Tensor | None, x: Tensor, images: int) -> Tensor | None:
+    """(B, L + N) of two masks, 1 = keep; None is all ones, and of two of them."""
     rows = x.shape[0]
+    if text is None and image is None:
+        return None
     text = torch.ones(rows, x.shape[1], dtype=torch.long, device=x.device) if text is None else text
     if image is None:
         image = text.new_ones(rows, images)
@@ -280,7 +282,7 @@ def model_class(original: type) -> type:
             hidden, side = encoder_outputs["last_hidden_state"], encoder_outputs["last_side_hidden_state"]
             images = side.shape[1] - hidden.shape[1]
             side_mask = attention_mask
-            if images and not (attention_mask is None and vis_attention_mask is None):
+            if images:
                 side_mask = joined_mask(attention_mask, vis_attention_mask, hidden, images)
             if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(labels)
