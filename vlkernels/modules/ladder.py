@@ -82,11 +82,14 @@ def rungs(name: str, layers: Sequence[int] | None, count: int) -> tuple[int, ...
 
 
 def ladder_mix(s: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
-    """g s + (1 - g) h, both (B, L, D / R), g one number; without a gate s + h."""
+    """g s + (1 - g) h, both (B, L, D / R), g one number; without a gate s + h.
+
+    Computed as h + g (s - h) where g is learned: for its gradient backward then keeps s - h alone, not both.
+    """
     if gate is None:
         return s + h
-    gate = gate.to(s.dtype)
-    return gate * s + (1 - gate) * h
+    learned, gate = gate.requires_grad, gate.to(s.dtype)
+    return torch.addcmul(h, gate, s - h) if learned else gate * s + (1 - gate) * h
 
 
 class Ladder:
