@@ -97,6 +97,8 @@ RUNS = [
 @pytest.mark.parametrize("file, backend", RUNS)
 def test_passes(capsys, tmp_path, file, backend):
     """One file each: the interpreter takes seconds for some."""
+    if file.startswith("lst"):
+        pytest.importorskip("transformers")
     (tmp_path / file).symlink_to(DIR / file)
     status, out = run(capsys, tmp_path, "--backend", backend, "--json", str(tmp_path / "records.json"))
     assert status == 0, out
@@ -113,6 +115,7 @@ def test_passes(capsys, tmp_path, file, backend):
 
 def test_all_pass(capsys):
     """The whole folder at once, on the reference."""
+    pytest.importorskip("transformers")  # ladders stand on its T5
     status, out = run(capsys, DIR, "--backend", "reference")
     assert status == 0, out
     assert out.splitlines()[-1] == f"{len(FILES)} passed, 0 failed, 0 no such module"

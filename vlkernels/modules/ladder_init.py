@@ -3,7 +3,8 @@
 Upstream walks the weights in the order in which the residual stream passes them. A weight keeps the columns that the
 one before it kept as rows, then the 1 / R of its rows whose importance, summed over the kept columns, is the largest.
 q, k and v of an attention keep the same rows, by the product of their importances. Each writer of the residual stream
-chooses for itself: a column of the stream is not the same channel all the way up.
+chooses for itself: a column of the stream is not the same channel all the way up. Kept rows stay in ascending order;
+upstream's are the same, in the order of a Python set.
 
 Importance is the Fisher information, the sum over samples of the squared gradient of the loss (`fisher_importance`);
 without it the weight's magnitude. Source: VL-T5/src/pruning/pruning_methods.py `pruning_v2`, fisher.py, method "label",
