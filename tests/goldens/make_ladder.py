@@ -22,9 +22,9 @@ CASES = {
 }
 SEEDS = {"lst_t5_drop_after__own": 2, "lst_vlt5_schedule_drop__own": 3}
 OFF = (
-    "use_adapter use_compacter use_lradapter use_hyperformer use_lora add_adapter_cross_attn downsample oneddownsample "
-    "sparse_sample use_lm_head_adapter"
-).split()
+    "use_adapter", "use_compacter", "use_lradapter", "use_hyperformer", "use_lora", "add_adapter_cross_attn",
+    "downsample", "oneddownsample", "sparse_sample", "use_lm_head_adapter",
+)  # fmt: skip
 
 
 def config(hp: dict):
@@ -83,9 +83,10 @@ def main(checkout: str) -> None:
         }
         seen = {}
         if image:
-            ins |= {"vis_feats": torch.randn(B, N, hp["feat_dim"], generator=g),
-                    "boxes": torch.rand(B, N, 4, generator=g), "vis_attention_mask": mask(hp["vis_lens"], N)}  # fmt: skip
-            seen = {"vis_attention_mask": ins["vis_attention_mask"]}
+            seen = {"vis_attention_mask": mask(hp["vis_lens"], N)}
+            ins["vis_feats"] = torch.randn(B, N, hp["feat_dim"], generator=g)
+            ins["boxes"] = torch.rand(B, N, 4, generator=g)
+            ins |= seen
         encoded = model.encoder(
             input_ids=ins["input_ids"], attention_mask=ins["attention_mask"], return_dict=True,
             **(seen | {"vis_inputs": (ins["vis_feats"], ins["boxes"])} if image else {}),
