@@ -77,7 +77,7 @@ def stack_class(original: type) -> type:
                 raise ValueError("output_attentions is True; a ladder keeps no attentions; accepted: False")
             config, first_side = self.config, len(self.layers)
             self.side_block_config._attn_implementation = config._attn_implementation
-            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            x = inputs_embeds if input_ids is None else self.embed_words(self.embed_tokens, input_ids)
             if use_cache is None:  # in training it would keep the frozen layers' keys and values alive
                 use_cache = config.use_cache and not self.training
             if use_cache and past_key_values is None:

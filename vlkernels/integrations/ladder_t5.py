@@ -125,7 +125,7 @@ def stack_class(original: type) -> type:
                 raise ValueError("output_attentions is True; a ladder keeps no attentions; accepted: False")
             config = self.config
             self.side_block_config._attn_implementation = config._attn_implementation
-            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            x = inputs_embeds if input_ids is None else self.embed_words(self.embed_tokens, input_ids)
             side_x, images = x, 0
             if vis_feats is not None:
                 if not hasattr(self, "visual_embedding"):

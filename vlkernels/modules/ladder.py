@@ -137,6 +137,13 @@ class Ladder:
         del self.side_config, self.side_kept
 
     @staticmethod
+    def embed_words(table: nn.Module, ids: Tensor) -> Tensor:
+        """Rows of the table. Of a frozen one without gradients: checkpointing makes transformers ask for them there,
+        which would draw the whole backbone into the graph."""
+        x = table(ids)
+        return x if any(p.requires_grad for p in table.parameters()) else x.detach()
+
+    @staticmethod
     def backbone_grad(layers: nn.Module, *inputs: Tensor | None) -> Callable:
         """The context of the backbone's layers: without autograd, unless one of them or an input requires gradients."""
         needed = any(x is not None and x.requires_grad for x in inputs) or any(
