@@ -309,8 +309,9 @@ def test_checkpointing(kind):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     found = step(model, kind, **more)
     assert found.keys() == want.keys()
+    top = max(g.abs().max() for g in want.values())
     for n, g in want.items():  # a state that several layers read is summed in another order
-        assert (found[n] - g).abs().max() <= 1e-12 * max(g.abs().max(), 1), n
+        assert (found[n] - g).abs().max() <= 1e-12 * top, n
     assert meter.saved_bytes(lambda: model(**asked).loss, model.parameters()) < 0.7 * kept
 
 
