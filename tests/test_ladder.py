@@ -316,6 +316,20 @@ def test_checkpointing(kind):
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_compile(kind):
+    """One graph, forward and backward."""
+    model = built(kind).train()
+    asked = {**words(kind), "labels": IDS, **image(kind)}
+    want = model(**asked).logits
+    try:
+        found = torch.compile(model, backend="eager", fullgraph=True)(**asked)
+        found.loss.backward()
+    finally:
+        torch._dynamo.reset()
+    assert torch.equal(found.logits, want)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_half_precision(kind):
     """bf16 weights, and float32 weights under autocast: no farther from float64 than bf16's steps explain."""
     exact = built(kind).double()
