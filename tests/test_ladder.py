@@ -359,6 +359,18 @@ def test_adding_to_a_half_precision_model():
     assert model.model.side_rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_weights_that_stay_in_float32():
+    """transformers keeps T5's wo in float32 when the rest is half."""
+    model = t5().half()
+    for stack in (model.encoder, model.decoder):
+        for block in stack.block:
+            block.layer[-1].DenseReluDense.wo.float()
+    add_ladder(model, 2)
+    wide = {n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float32}
+    assert wide == {n for n, p in model.named_parameters() if p.requires_grad and ".wo." in n}
+    step(model, "t5")
+
+
 def test_hidden_states():
     found = built("llama")(**words("llama"), output_hidden_states=True)
     assert len(found.hidden_states) == 4 and found.hidden_states[0].shape == (2, 5, 32)
@@ -501,6 +513,11 @@ def test_q_and_k_of_llama_keep_frequencies():
     assert all(any(torch.equal(state[o][i][read], row) for i in range(32)) for row in got[o])
 
 
+def hooked(model: nn.Module) -> nn.Module:
+    model.model.forward = model.model.forward
+    return model
+
+
 # -- the door ------------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +537,8 @@ def test_q_and_k_of_llama_keep_frequencies():
         (lambda: add_ladder(add_ladder(t5(), 2), 2), "has a ladder"),
         (lambda: add_ladder(llama(), 2, encoder_layers=(0,)), "are T5's"),
         (lambda: add_ladder(llama(), 8), "an even width"),
+        (lambda: add_ladder(hooked(llama()), 2), "model carries a forward of its own"),
+        (lambda: prune_t5({"shared.weight": torch.zeros(4, 4, dtype=torch.uint8)}, 2), "init='random'"),
         (lambda: remove_ladder(t5()), "has no ladder"),
         (lambda: ladder_state_dict(t5()), "has no ladder"),
         (lambda: add_ladder(t5(), 2)(**words("t5"), labels=IDS, **image("t5")), "without a visual embedding"),

@@ -67,6 +67,10 @@ def add_ladder(
         raise ValueError("the model has a ladder; remove_ladder(model) takes it off")
     if init not in ("backbone", "random"):
         raise ValueError(f"init is {init!r}; accepted: 'backbone', 'random'")
+    if own := [
+        n or "the model" for n, m in model.named_modules() if isinstance(m, _kinds(kind)) and "forward" in vars(m)
+    ]:
+        raise ValueError(f"{own[0]} carries a forward of its own (accelerate's hooks?); add the ladder before them")
     before = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     pruned = None
     if init == "backbone":
@@ -91,6 +95,10 @@ def add_ladder(
             module.to(parameter.device).train(model.training)
             if not name.endswith("side_rotary_emb"):  # its buffer stays float32
                 module.to(parameter.dtype)
+    for name, p in model.named_parameters():
+        like = before.get(_theirs(name))
+        if name not in before and like is not None:
+            p.data = p.data.to(like.dtype)  # transformers keeps some of T5's weights in float32
     if pruned is not None:
         _fill(model, before, pruned)
     return model
@@ -175,11 +183,27 @@ def _kind(model: nn.Module) -> str:
     )
 
 
+def _kinds(kind: str) -> tuple[type, ...]:
+    """The classes whose forward a ladder replaces."""
+    if kind == "t5":
+        from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5Stack
+
+        return T5Stack, T5ForConditionalGeneration
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+    return LlamaModel, LlamaForCausalLM
+
+
 def _pruned(kind: str, model: nn.Module, state: Mapping, config: LadderConfig, importance) -> dict[str, Tensor]:
     if kind == "t5":
         return prune_t5(state, config.reduction, importance)
     whole = model.config
     return prune_llama(state, config.reduction, whole.num_attention_heads, whole.num_key_value_heads, importance)
+
+
+def _theirs(name: str) -> str:
+    """The backbone's name for a parameter of a side block."""
+    return name.replace("side_block", "block" if name.startswith(("encoder", "decoder")) else "layers")
 
 
 def _fill(model: nn.Module, before: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
@@ -191,8 +215,7 @@ def _fill(model: nn.Module, before: Mapping[str, Tensor], pruned: Mapping[str, T
                 before[f"{name.partition('.')[0]}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
             )
         elif "side_block" in name:
-            theirs = name.replace("side_block", "block" if name.startswith(("encoder", "decoder")) else "layers")
-            p.data.copy_(pruned[theirs])
+            p.data.copy_(pruned[_theirs(name)])
         elif "final_side_layer_norm" in name:
             theirs = {
                 "encoder": "encoder.final_layer_norm",

@@ -45,6 +45,12 @@ def add_to_t5(model: nn.Module, config: LadderConfig, visual: dict | None) -> No
         (stack, rungs(f"{name}_layers", getattr(config, f"{name}_layers"), len(stack.block)))
         for name, stack in (("encoder", model.encoder), ("decoder", model.decoder))
     ]
+    seen = None
+    if visual is not None:
+        options = {"eps": whole.layer_norm_epsilon, **visual}
+        if options.get("use_vis_order_embedding", True):
+            options["obj_order_embedding"] = model.shared
+        seen = VisualEmbedding(d_model=whole.d_model, **options)
     for stack, kept in plans:
         narrow = copy.deepcopy(stack.config)
         narrow.update(sizes)
@@ -58,13 +64,9 @@ def add_to_t5(model: nn.Module, config: LadderConfig, visual: dict | None) -> No
         stack.__class__ = stack_class(type(stack))
         stack.add_side(config, whole.d_model, kept, blocks, T5LayerNorm(sizes["d_model"], eps=whole.layer_norm_epsilon))
         stack.side_block_config, stack.side_visual = narrow, None
-    if visual is not None:
-        options = {"eps": whole.layer_norm_epsilon, **visual}
-        if options.get("use_vis_order_embedding", True):
-            options["obj_order_embedding"] = model.shared
-        model.encoder.visual_embedding = VisualEmbedding(d_model=whole.d_model, **options)
-        model.encoder.side_visual = dict(visual)
-        if "obj_order_embedding" in options:
+    if seen is not None:
+        model.encoder.visual_embedding, model.encoder.side_visual = seen, dict(visual)
+        if seen.obj_order_embedding is not None:
             # so that saving and resizing know it for the word table
             model._tied_weights_keys = {**model._tied_weights_keys, _ORDER: "shared.weight"}
     model.side_final_upsample = upsample(config, whole.d_model)

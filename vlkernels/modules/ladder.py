@@ -88,6 +88,9 @@ def ladder_mix(s: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     """
     if gate is None:
         return s + h
+    if s.dtype != h.dtype:  # T5 in float16 keeps its stream in float32
+        wide = torch.promote_types(s.dtype, h.dtype)
+        s, h = s.to(wide), h.to(wide)
     learned, gate = gate.requires_grad, gate.to(s.dtype)
     return torch.addcmul(h, gate, s - h) if learned else gate * s + (1 - gate) * h
 
@@ -166,7 +169,9 @@ class Ladder:
         """
 
         def mix(s: Tensor) -> Tensor:
-            rung = self.side_downsamples[i](h)
+            down = self.side_downsamples[i]
+            narrow = isinstance(down, nn.Linear) and not torch.is_autocast_enabled(h.device.type)
+            rung = down(h.to(down.weight.dtype) if narrow else h)
             rung = F.pad(rung, (0, 0, before, after)) if before or after else rung
             return ladder_mix(s, rung, self.side_gate(i))
 

@@ -71,8 +71,14 @@ class Pruning:
         self.found: dict[str, Tensor] = {}
         self.columns = strongest(self._importance(embedding).t(), keep)
 
+    def _weight(self, name: str) -> Tensor:
+        if not self.state[name].is_floating_point():
+            raise ValueError(f"{name} is {self.state[name].dtype}; accepted: floating point, or init='random'")
+        return self.state[name]
+
     def _importance(self, name: str) -> Tensor:
         value = self.importance.get(name)
+        self._weight(name)
         if value is None or value.shape != self.state[name].shape:
             got = "nothing" if value is None else tuple(value.shape)
             raise ValueError(f"importance has {got} for {name!r}; accepted: {tuple(self.state[name].shape)}")
@@ -88,7 +94,7 @@ class Pruning:
             product = torch.stack([self._importance(n)[:, self.columns].abs() for n in names]).prod(0)
             rows = strongest(product, keep)
         for name in names:
-            self.found[name] = self.state[name][rows][:, self.columns]
+            self.found[name] = self._weight(name)[rows][:, self.columns]
         return rows
 
     def through(self, into: Iterable[str], inner: int, out: str, keep: int) -> None:
