@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import compute_dtype
+
 GATES = ("learned", "schedule", "one", "none")
 
 
@@ -170,7 +172,7 @@ class Ladder:
 
         def mix(s: Tensor) -> Tensor:
             down = self.side_downsamples[i]
-            narrow = isinstance(down, nn.Linear) and not torch.is_autocast_enabled(h.device.type)
+            narrow = isinstance(down, nn.Linear) and compute_dtype(h) is None
             rung = down(h.to(down.weight.dtype) if narrow else h)
             rung = F.pad(rung, (0, 0, before, after)) if before or after else rung
             return ladder_mix(s, rung, self.side_gate(i))
