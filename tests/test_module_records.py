@@ -61,6 +61,7 @@ def test_the_ladder_again():
     (recorded,) = (f for f in RECORD["tuning"] if f["method"] == "ladder" and f["text"] == 20)
     saved, parameters, trained = tuning.saved_of("ladder", 300, 20, 36, 10)
     assert (trained, recorded["saved"]) == (recorded["trained"], round(saved / 2**20, 1))
+    assert round(100 * trained / parameters, 2) == 7.46  # as published
 
 
 def test_readme_quotes_the_record():
