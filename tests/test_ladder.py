@@ -174,6 +174,17 @@ def test_the_rarer_switches(switch):
     assert step(model, "t5").keys() == names
 
 
+def test_image_and_text_of_llama_are_one_sequence():
+    """With gates of one the backbone is unheard, and the side network a Llama over [image; text]."""
+    model = built("llama", gate="one").double()
+    seen = image("llama", torch.float64)
+    x = torch.cat((seen["vis_embeds"], model.get_input_embeddings()(IDS)), 1)
+    keep = torch.cat((seen["vis_attention_mask"], MASK), 1)
+    want = model(inputs_embeds=x, attention_mask=keep).logits[:, 3:]
+    got = model(input_ids=IDS, attention_mask=MASK, **seen).logits
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
 def test_a_schedule_sets_its_gates():
     model = add_ladder(t5(), 2, gate="schedule")
     s, h = torch.randn(2, 5, 8), torch.randn(2, 5, 16)
@@ -343,12 +354,12 @@ def test_half_precision(kind):
     got = model(**words(kind), labels=IDS, **image(kind, torch.bfloat16))
     assert got.logits.dtype == torch.bfloat16
     # two networks, one after the other, where stock has one
-    assert (got.logits.detach() - want).abs().max() / want.abs().max() <= 4 * base
+    assert (got.logits.detach() - want).abs().max() / want.abs().max() <= 8 * base
     got.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = built(kind)(**words(kind), labels=IDS, **image(kind))
-    assert (mixed.logits.detach() - want).abs().max() / want.abs().max() <= 4 * base
+    assert (mixed.logits.detach() - want).abs().max() / want.abs().max() <= 8 * base
     mixed.loss.backward()
 
 
@@ -388,6 +399,8 @@ def test_eager_and_sdpa_agree(kind):
     sdpa = model(**asked).logits[keep]
     model.set_attn_implementation("eager")
     assert (model(**asked).logits[keep] - sdpa).abs().max() <= 2e-5 * sdpa.abs().max()  # as goldens' outputs
+    blocks = [m for n, m in model.named_modules() if "side_block" in n and hasattr(m, "config")]
+    assert blocks and {m.config._attn_implementation for m in blocks} == {"eager"}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -478,6 +491,8 @@ def test_pruned_t5_follows_the_importance():
                 rows = torch.randperm(len(first), generator=g)[: len(first) // 2].sort().values
                 for n in names:
                     name = f"{stem}{kind}.{n}.weight"
+                    if n == "k":  # strong alone: in the product it counts nothing
+                        importance[name] += 9.0
                     importance[name][rows] = -1.0  # the sign is none of its business
                     want[name] = state[name][rows][:, columns]
                 columns = rows
