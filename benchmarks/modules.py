@@ -1,11 +1,12 @@
-"""Modules at published sizes, and a Llama layer with LoRA: bytes, FLOPs, launches.
+"""Modules at published sizes, T5-base's training, and a Llama layer with LoRA: bytes, FLOPs, launches.
 
-    python -m benchmarks.modules [--json benchmarks/results/modules.json] [--only resampler,qformer,stage1,layer,kept]
+    python -m benchmarks.modules [--json benchmarks/results/modules.json] [--only kept,stage1,tuning,layer,...]
 
 Saved bytes are read off the graph that a forward on meta tensors builds at full size; the kernels' operators say there
 what they keep. FLOPs and launches are counted in Triton's interpreter at full width, on one image, each way.
 Eager is upstream's equation (OpenFlamingo, LAVIS) or transformers' module, with the fused dropout that a GPU has.
-Takes some minutes of one core. The figures of the Llama layer are those of `benchmarks.layer` on a CPU.
+Takes some minutes of one core. The figures of the Llama layer are those of `benchmarks.layer` on a CPU, T5-base's are
+those of `benchmarks.tuning`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from vlkernels import backends
 from vlkernels.modules import Blip2Stage1, PerceiverResampler, QFormer
 from vlkernels.testing import meter
 
-from . import layer, module_bytes, upstream
+from . import layer, module_bytes, tuning, upstream
 from .memory import _dropout
 from .record import RESULTS
 
 BATCH = 64
-PARTS = ("kept", "stage1", "layer", "qformer", "resampler")
+PARTS = ("kept", "stage1", "tuning", "layer", "qformer", "resampler")
 
 
 @dataclass
@@ -236,6 +237,7 @@ COUNTS = {
     "resampler": lambda: {"resampler": _dicts(resampler()), "resampler forward launches, unsplit": unsplit_launches()},
     "qformer": lambda: {"qformer": {f"dropout {p}": _dicts(qformer(p)) for p in (0.0, 0.1)}},
     "stage1": lambda: {"stage1": stage1()},
+    "tuning": lambda: {"tuning": tuning.record()},
     "layer": lambda: {"layer": _dicts(layer.measure("cpu", 0.05, 32, 256, 0.0))},
 }
 

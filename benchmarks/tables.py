@@ -363,6 +363,32 @@ def step_lines(results: Path) -> list[str]:
     ]
 
 
+def tuning_lines(record: dict) -> list[str]:
+    """What training T5-base keeps, by method and text length."""
+    if "tuning" not in record:
+        return [NO_MODULES]
+    gib = 1024
+    body = [
+        [
+            f["method"], str(f["text"]), f"{f['trained'] / 1e6:.1f}",
+            *(f"{f[name] / gib:.2f}" for name in ("saved", "gradients", "optimizer", "kept", "peak")),
+            *("-" if f["method"] == "ladder" else f"{f[n]:.3f}" for n in ("ladder_of", "ladder_of_peak")),
+        ]
+        for f in record["tuning"]
+    ]  # fmt: skip
+    head = (
+        "T5-base", "words", "trained, M", "saved, GiB", "gradients", "AdamW", "sum", "with weights", "ladder / sum",
+        "/ with weights",
+    )  # fmt: skip
+    one = record["tuning"][0]
+    return [
+        *table(head, body),
+        "",
+        f"{one['batch']} samples, each with {one['images']} image tokens and {one['target']} words of answer; float32, "
+        "dropout 0.1, eager attention, counted on meta tensors. `python -m benchmarks.tuning`.",
+    ]
+
+
 def sections(results: Path = RESULTS) -> dict[str, list[str]]:
     """What stands between the markers, by marker name."""
     path = results / "modules.json"
@@ -376,6 +402,7 @@ def sections(results: Path = RESULTS) -> dict[str, list[str]]:
         "modules": module_lines(modules) if modules else [NO_MODULES],
         "kept": kept_lines(modules) if modules else [NO_MODULES],
         "layer": layer_lines(modules) if modules else [NO_MODULES],
+        "tuning": tuning_lines(modules) if modules else [NO_MODULES],
         "speed": readme_speed_lines(results),
         "steps": step_lines(results),
         "ladder": ladder_lines(memory, results) if memory else [NOT_MEASURED],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import module_bytes, modules, report, tables
+from benchmarks import module_bytes, modules, report, tables, tuning
 from benchmarks.record import RESULTS
 
 RECORD = json.loads((RESULTS / "modules.json").read_text())
@@ -63,8 +63,27 @@ def test_the_llama_layer():
     assert ours == sorted(ours, reverse=True) and ours[-1] <= 0.40 * stock
 
 
+def test_the_ladder_keeps_less_than_half():
+    """Of full fine-tuning, LoRA and adapters, at both lengths."""
+    found = RECORD["tuning"]
+    ladders = {f["text"]: f for f in found if f["method"] == "ladder"}
+    assert set(ladders) == {20, 40} and len(found) == 2 * len(tuning.METHODS)
+    for f in found:
+        if f["method"] != "ladder":
+            assert ladders[f["text"]]["kept"] < 0.5 * f["kept"], f["method"]
+            assert f["ladder_of"] == round(ladders[f["text"]]["kept"] / f["kept"], 3)
+
+
+def test_the_ladder_again():
+    """Counted again at full size, which meta tensors make cheap."""
+    (recorded,) = (f for f in RECORD["tuning"] if f["method"] == "ladder" and f["text"] == 20)
+    saved, parameters, trained = tuning.saved_of("ladder", 300, 20, 36, 10)
+    assert (trained, recorded["saved"]) == (recorded["trained"], round(saved / 2**20, 1))
+    assert round(100 * trained / parameters, 2) == 7.46  # as published
+
+
 def test_readme_quotes_the_record():
     text = (Path(report.__file__).resolve().parent.parent / "README.md").read_text()
     found = tables.sections()
-    for name in ("modules", "layer", "kept"):
+    for name in ("modules", "layer", "kept", "tuning"):
         assert f"<!-- begin:{name} -->" in text and "\n".join(found[name]) in text

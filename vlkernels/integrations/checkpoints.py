@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_keys import ADAPTER_MAPS
 from .gated_keys import GATED_MAPS
+from .ladder_keys import LADDER_MAPS
 from .mapper_keys import MAPPER_MAPS
 from .prefix_keys import PREFIX_MAPS
 from .qformer_keys import QFORMER_MAPS
@@ -147,6 +148,7 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
     **ADAPTER_MAPS,
     **GATED_MAPS,
+    **LADDER_MAPS,
     **PREFIX_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,

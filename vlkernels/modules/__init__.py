@@ -31,6 +31,8 @@ from .gated import (
     MllamaCrossAttentionDecoderLayer,
 )
 from .gated_media import MediaContext, MediaMask, mllama_mask
+from .ladder import Ladder, LadderConfig, ladder_mix, set_gates
+from .ladder_init import fisher_importance
 from .lavin import LaVINBlock, LaVINCache, LaVINModality, RepAdapter, RepAdapterRouter, lavin_mask
 from .linear_projector import (
     EpalmConnector,
@@ -128,6 +130,8 @@ __all__ = [
     "ImageKV",
     "ImagePrefix",
     "Kosmos2Projection",
+    "Ladder",
+    "LadderConfig",
     "LDPNetProjector",
     "LDPNetV2Projector",
     "LinearProjector",
@@ -186,6 +190,9 @@ __all__ = [
     "VideoLlamaConnector",
     "VisualEmbedding",
     "VisualQuery",
+    "fisher_importance",
+    "ladder_mix",
     "memory_ffn",
+    "set_gates",
     "placeholder_rows",
 ]

@@ -36,6 +36,7 @@ from . import (
     golden_deformable,
     golden_experts,
     golden_gated,
+    golden_ladder,
     golden_mappers,
     golden_prefix,
     golden_qformers,
@@ -57,6 +58,7 @@ BUILDERS = {
     **golden_gated.BUILDERS,
     **golden_scans.BUILDERS,
     **golden_prefix.BUILDERS,
+    **golden_ladder.BUILDERS,
 }
 
 # -- files ---------------------------------------------------------------------------------------------------------
