@@ -274,7 +274,9 @@ def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype
         splits = max(1, min(triton.cdiv(2 * sms, programs), dims.T // max(64, 4 * rank)))
         # operands that wgmma reads from shared memory take registers elsewhere
         warps = 8 if cols * held >= (64 * 128 if device_arch == 90 else 64 * 64) else 4
-        return weights.Tile(32 if wide else 64, cols, held, warps, 3 if device_arch == 90 else 2, splits)
+        return weights.Tile(
+            32 if wide or device_arch < 90 else 64, cols, held, warps, 3 if device_arch == 90 else 2, splits
+        )
 
     # a tile of a weight is addresses and operands in registers too: past these sizes builds spill
     most = 64 if rank <= 64 and not wide else 32 if rank <= 64 or not wide else 16
