@@ -43,7 +43,7 @@ def forward(
 def backward(c, dy, x, t, needs) -> dict[str, Tensor]:
     """Gradients by argument name for those that are needed."""
     down, up, gate, route = (t[n] for n in ("down", "up", "gate", "route"))
-    need_down = any(needs[n] for n in ("down", "down_bias", "norm_weight", "norm_bias"))
+    need_down, need_w = weights.wanted(c, needs)
     need_mid = need_down or needs["x"] or needs["route"] or needs["gate"] or needs["up"]
     grads: dict[str, Tensor] = {}
     tile = weights.Tile(64, 64, 16, 4, splits=max(1, c.T // 1024))
@@ -59,7 +59,6 @@ def backward(c, dy, x, t, needs) -> dict[str, Tensor]:
             grads["gate"] = weights.of_rows(more if dots is None else dots + more, gate, c.sigmoid)
         if c.gate == "element" and needs["gate"]:
             grads["gate"] = t["dgate"]
-    need_w = needs["up"] or (needs["gate"] and c.gate == "channel")
     grads = weights.of_up(
         c, dy, x, t, needs, z if need_w else None, lambda: (source.t() @ z)[None], tile, grads
     )  # fmt: skip

@@ -29,8 +29,9 @@ def refuses(
     x, down, up, down_bias, up_bias, norm_weight, norm_bias, base, residual, gate, route, seed, act, norm, eps, scale,
     skip, gate_act, p, dtype,
 ) -> str | None:  # fmt: skip
-    given = {"down": down, "up": up, "norm_weight": norm_weight, "norm_bias": norm_bias, "base": base, "gate": gate}
-    if (reason := _refuse.common(x, dtype, **given, residual=residual, route=route)) is not None:
+    given = {"down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias, "norm_weight": norm_weight,
+             "norm_bias": norm_bias, "base": base, "residual": residual, "gate": gate, "route": route}  # fmt: skip
+    if (reason := _refuse.common(x, dtype, **given)) is not None:
         return reason
     return None if fused(up, dtype or x.dtype) else _norm.refuses(x, norm, 1)
 
@@ -94,10 +95,9 @@ def call(x, down, up, gate, route, act, norm, eps, scale, skip, gate_act, p, dty
     T, kind = x.numel() // D, gate_kind(x, gate, N)
     shared = kind in ("scalar", "sample", "row")
     return Call(
-        T, D, N, R, 1 if route is None else route.shape[1], route is not None,
-        dtype or x.dtype, "row" if shared else kind,
-        max(1, T // max(1, gate.numel())) if shared else 1, max(1, T // max(1, x.shape[0])), act, norm, eps, scale,
-        skip, gate_act == "sigmoid", p,
+        T, D, N, R, 1 if route is None else route.shape[1], route is not None, dtype or x.dtype,
+        "row" if shared else kind, max(1, T // max(1, gate.numel())) if shared else 1,
+        max(1, T // max(1, x.shape[0])), act, norm, eps, scale, skip, gate_act == "sigmoid", p,
     )  # fmt: skip
 
 
@@ -117,20 +117,17 @@ def forward(
         return (y,)
     x2, gate = _lora.rows(x), flat_gate(gate, c.gate)
     base, residual = (t if t is None else _lora.rows(t) for t in (base, residual))
-    route = None if route is None else route.contiguous()
-    up_bias = None if up_bias is None else up_bias.contiguous()
-    vectors = (_flat(t) for t in (down_bias, up_bias, norm_weight, norm_bias))
+    route, *vectors = (_flat(t) for t in (route, down_bias, up_bias, norm_weight, norm_bias))
     if not fused(up, c.compute):
         products.forward(c, x2, down, up, *vectors, base, residual, gate, route, seed, y.view(-1, c.N))
         return (y,)
-    tile = config(c.dims, c.compute, arch(x), x.dtype).forward
-    down_bias, up_bias, norm_weight, norm_bias = vectors
+    tile = config(c.dims, c.compute, arch(x), _lora.loaded(x, down, up)).forward
     bottleneck_adapter_fwd_kernel[(triton.cdiv(c.T, tile.rows),)](
-        x2, down, up, down_bias, up_bias, norm_weight, norm_bias, base, residual, gate, route, seed, y, c.T, c.D, c.N,
-        c.R, c.E, c.per_gate, c.per_sample, x2.stride(0), *down.stride(), *up.stride(), c.N,
+        x2, down, up, *vectors, base, residual, gate, route, seed, y, c.T, c.D, c.N, c.R, c.E, c.per_gate,
+        c.per_sample, x2.stride(0), *down.stride(), *up.stride(), c.N,
         *(0 if t is None else t.stride(0) for t in (base, residual, gate)), eps, scale, threshold(p), keep_factor(p),
-        HAS_BASE=base is not None, HAS_RESIDUAL=residual is not None,
-        **_switches(c, down_bias, up_bias, norm_weight, norm_bias), **_blocks(tile), **_tl.product(c.compute),
+        HAS_BASE=base is not None, HAS_RESIDUAL=residual is not None, **_switches(c, *vectors), **_blocks(tile),
+        **_tl.product(c.compute),
     )  # fmt: skip
     return (y,)
 
@@ -144,20 +141,17 @@ def backward(dy, saved, needs, act, norm, eps, scale, skip, gate_act, p, dtype) 
         return {n: torch.zeros_like(saved[n], memory_format=torch.contiguous_format) for n in saved if needs[n]}
     x2, dy2 = _lora.rows(x), _lora.rows(dy)
     shapes = {n: t for n, t in saved.items() if needs[n]}
-    tensors = {
-        "down": down, "up": up, "gate": flat_gate(gate, c.gate),
-        "route": None if route is None else route.contiguous(), "seed": seed,
-        "up_bias": None if up_bias is None else up_bias.contiguous(), "down_bias": _flat(down_bias),
-        "norm_weight": _flat(norm_weight), "norm_bias": _flat(norm_bias),
-    }  # fmt: skip
+    flat = {"route": route, "down_bias": down_bias, "up_bias": up_bias, "norm_weight": norm_weight}
+    tensors = {n: _flat(t) for n, t in (flat | {"norm_bias": norm_bias}).items()}
+    tensors |= {"down": down, "up": up, "gate": flat_gate(gate, c.gate), "seed": seed}
     made = _fused_backward if fused(up, c.compute) else products.backward
     grads = made(c, dy2, x2, tensors, needs)
     return {n: grads[n].view(t.shape).to(t.dtype) for n, t in shapes.items()}
 
 
 def _fused_backward(c: Call, dy: Tensor, x: Tensor, t: dict, needs: dict) -> dict[str, Tensor]:
-    tiles, gate, grads = config(c.dims, c.compute, arch(x), x.dtype), t["gate"], {}
-    need_down, need_up = wanted(c, needs)
+    tiles, gate = config(c.dims, c.compute, arch(x), _lora.loaded(x, t["down"], t["up"])), t["gate"]
+    need_down, need_up = weights.wanted(c, needs)
     scratch = need_down or need_up
 
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -186,14 +180,6 @@ def _fused_backward(c: Call, dy: Tensor, x: Tensor, t: dict, needs: dict) -> dic
     if need_down:
         grads |= _of_down(c, x, t, needs, dpre, stats, tiles.outer_x)
     return weights.of_up(c, dy, x, t, needs, z if need_up else None, None, tiles.outer_dy, grads)
-
-
-def wanted(c: Call, needs: dict) -> tuple[bool, bool]:
-    """Whether gradients follow from dpre, and from dyᵀ z."""
-    return (
-        any(needs[n] for n in ("down", "down_bias", "norm_weight", "norm_bias")),
-        needs["up"] or (needs["gate"] and c.gate == "channel"),
-    )
 
 
 def _of_down(c: Call, x, t, needs, dpre, stats, tile) -> dict[str, Tensor]:
@@ -250,7 +236,8 @@ class Config:
 
 
 def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype) -> Config:
-    """Tiles by shape; `loaded` is x's dtype. None of the steps below has been timed on a GPU yet."""
+    """Tiles by shape; `loaded` is the widest dtype of x and the weights. None of the steps below has been timed on a
+    GPU yet."""
     wide = dtype == torch.float32
     sms = multiprocessors(device_arch)
     rank = _lora.cover(dims.ER)
@@ -272,11 +259,10 @@ def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype
         programs = triton.cdiv(width, cols) * triton.cdiv(rank, held)
         # a partial sum costs 8 bytes a column and rank, against 2 or 4 a row and column of the pass itself
         splits = max(1, min(triton.cdiv(2 * sms, programs), dims.T // max(64, 4 * rank)))
-        # operands that wgmma reads from shared memory take registers elsewhere
-        warps = 8 if cols * held >= (64 * 128 if device_arch == 90 else 64 * 64) else 4
-        return weights.Tile(
-            32 if wide or device_arch < 90 else 64, cols, held, warps, 3 if device_arch == 90 else 2, splits
-        )
+        # wgmma reads operands from shared memory; on sm_100 they take registers, on sm_80 those of half as many rows
+        warps = 8 if cols * held >= (64 * 64 if device_arch >= 100 else 64 * 128) else 4
+        held_rows = 32 if wide or device_arch < 90 else 64
+        return weights.Tile(held_rows, cols, held, warps, 3 if device_arch == 90 else 2, splits)
 
     # a tile of a weight is addresses and operands in registers too: past these sizes builds spill
     most = 64 if rank <= 64 and not wide else 32 if rank <= 64 or not wide else 16

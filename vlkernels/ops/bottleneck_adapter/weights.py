@@ -68,6 +68,14 @@ def levels(c, gate: Tensor | None) -> tuple | None:
     return (gate, c.gate, c.per_gate, c.sigmoid) if c.gate in ("row", "element") else None
 
 
+def wanted(c, needs: dict) -> tuple[bool, bool]:
+    """Whether gradients follow from dpre, and from dyᵀ z."""
+    return (
+        any(needs[n] for n in ("down", "down_bias", "norm_weight", "norm_bias")),
+        needs["up"] or (needs["gate"] and c.gate == "channel"),
+    )
+
+
 def of_rows(dots: Tensor, gate: Tensor, sigmoid: bool) -> Tensor:
     """The gradient of a gate of rows, of samples or of all from that of the level of each row."""
     d = dots.view(gate.numel(), -1).sum(1)
