@@ -40,6 +40,8 @@ CASES = (
     _case("frozen x", 2, 9, 24, 12, frozen_x=True, norm="layer", centre=True),
     _case("vl-pet bart B64", 64, 92, 768, 96, act="gelu_tanh", gate="element", sigmoid=True, skip="gated",
           adds=("residual",), tags=("bench",), recipe="VL-PET-large in BART's encoder, 64 x (36 boxes, 56 words)"),
+    _case("vl-pet t5 B64", 64, 92, 768, 192, act="gelu_tanh", gate="element", sigmoid=True, skip="gated", scale=0.3,
+          adds=("residual",), tags=("bench", "uncounted"), recipe="VL-PET-large in T5's encoder"),
     _case("houlsby B32", 32, 512, 1024, 64, act="silu", adds=("residual",), tags=("bench",),
           recipe="adapter-hub's double_seq_bn, BERT-large"),
     _case("frozenbilm B32", 32, 266, 1536, 192, p=0.1, norm="layer", centre=True, adds=("residual",),

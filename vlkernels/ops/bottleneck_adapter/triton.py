@@ -270,7 +270,8 @@ def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype
     forward = tile(most, cols, cols, 2 if rank > 128 else 3)
     if rank > 64:
         # under autocast a tile of x is there twice, before and after rounding
-        most = 16 if wide or loaded == torch.float32 else 32
+        twice = loaded == torch.float32
+        most = 16 if wide or twice or (rank > 128 and device_arch >= 100) else 32
         backward = tile(most, 16 if wide or rank > 128 else 32, 16 if rank > 128 else 32, 2)
     else:
         backward = tile(most, cols, cols, 2)
