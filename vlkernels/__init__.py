@@ -1,6 +1,11 @@
 """Fused Triton and CUDA kernels for the parts that turn a language model into a vision-LLM, behind drop-in modules."""
 
 from .backends import BackendRefused, explain, use_backend
+from .integrations.insert import insert, remove, train_inserted
+from .integrations.inserted_state import inserted_state_dict, load_inserted, save_inserted
+from .integrations.integrators import GatedCrossAttention, IdeficsCrossAttention
+from .integrations.integrators_expert import VisualExpert
+from .integrations.integrators_prefix import AdaptivePrefix, EpalmTokens, MemVP
 from .integrations.swap import swap, unswap
 from .modules import DoRALinear, LoRALinear, QLoRALinear
 from .modules.quantized import release_scratch, scratch_limit
@@ -26,19 +31,28 @@ from .ops.selective_scan_2d import selective_scan_2d
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptivePrefix",
     "BackendRefused",
     "DoRALinear",
+    "EpalmTokens",
+    "GatedCrossAttention",
+    "IdeficsCrossAttention",
     "LoRALinear",
+    "MemVP",
     "QLoRALinear",
+    "VisualExpert",
     "bottleneck_adapter",
     "conv_se_linear",
     "cross_attention",
-    "depthwise_conv_norm_act",
     "deformable_attention",
+    "depthwise_conv_norm_act",
     "dora_linear",
     "explain",
     "gated_residual",
+    "insert",
+    "inserted_state_dict",
     "linear_projector",
+    "load_inserted",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
@@ -50,9 +64,12 @@ __all__ = [
     "pooled_mlp",
     "prefix_attention",
     "release_scratch",
+    "remove",
+    "save_inserted",
     "scratch_limit",
     "selective_scan_2d",
     "swap",
+    "train_inserted",
     "unswap",
     "use_backend",
 ]
