@@ -142,8 +142,8 @@ class GatedCrossAttention(_Gated):
     dim_visual: C of the media, a resampler's output. The rest as modules.GatedCrossAttentionBlock: dim_head, heads,
     ff_mult, immediate (a token sees the last medium so far, else all so far), strict, level.
     Both gates start at 0, where the model is the base model bit for bit. Published: every = 1 (OpenFlamingo-3B), 2
-    (4B), 4 (9B). `model.vlkernels.set_media(media (B, J, n, C), locations (B, T))` before each batch; set_media(None) for
-    text alone: then no token has seen a medium.
+    (4B), 4 (9B). `model.vlkernels.set_media(media (B, J, n, C), locations (B, T))` before each batch; set_media(None)
+    for text alone: then no token has seen a medium.
     """
 
     dim_head: int = 64

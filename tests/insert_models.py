@@ -1,0 +1,124 @@
+"""Tiny language models of the survey's families, and what is inserted into them."""
+
+import torch
+import transformers
+
+import vlkernels
+
+# the same in all: 32 channels, 4 heads, 50 words
+_OPT = dict(vocab_size=50, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4)
+CONFIGS = {
+    "llama": ("Llama", dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)),
+    "opt": ("OPT", dict(_OPT, max_position_embeddings=64, word_embed_proj_dim=32)),
+    "opt_post_norm": ("OPT", dict(_OPT, max_position_embeddings=64, word_embed_proj_dim=16,
+                                  do_layer_norm_before=False)),
+    "gpt2": ("GPT2", dict(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1,
+                          eos_token_id=2)),
+    "gptj": ("GPTJ", dict(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1,
+                          eos_token_id=2)),
+    "t5": ("T5", dict(vocab_size=50, d_model=32, d_kv=6, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0)),
+    "bart": ("Bart", dict(vocab_size=50, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+                          decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+                          pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+                          forced_eos_token_id=None)),
+    "deberta": ("DebertaV2", dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                  intermediate_size=48, max_position_embeddings=64, relative_attention=True,
+                                  pos_att_type=["p2c", "c2p"], position_buckets=8)),
+    "mamba": ("Mamba", dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, state_size=4, bos_token_id=1,
+                            eos_token_id=2, pad_token_id=0)),
+}  # fmt: skip
+FAMILIES = tuple(CONFIGS)
+_HEADS = {"T5": "ForConditionalGeneration", "Bart": "ForConditionalGeneration", "DebertaV2": "ForMaskedLM",
+          "GPT2": "LMHeadModel"}  # fmt: skip
+ENCODER_DECODERS = ("t5", "bart")
+
+ATTENTION = ("llama", "opt", "opt_post_norm", "gpt2", "gptj", "t5", "bart")
+# system -> (the description's class, its words, the families that it goes into)
+SYSTEMS = {
+    "flamingo": ("GatedCrossAttention", dict(dim_visual=20, every=2, dim_head=8, heads=2, ff_mult=2), FAMILIES),
+    "flamingo_all": ("GatedCrossAttention", dict(dim_visual=20, every=1, dim_head=8, heads=2, ff_mult=2,
+                                                 immediate=False), ("llama",)),
+    "idefics": ("IdeficsCrossAttention", dict(dim_visual=20, every=2, heads=4, alpha_type="vector",
+                                              qk_layer_norms=True), FAMILIES),
+    "llama_adapter": ("AdaptivePrefix", dict(rows=3, top=2, visual=True, new_gate=True), ATTENTION),
+    "adaption_prompt": ("AdaptivePrefix", dict(rows=3, top=2, gate="scalar"), ATTENTION),
+    "memvp": ("MemVP", dict(in_features=20, rows=6, hidden=5), ATTENTION),
+    "epalm": ("EpalmTokens", dict(vis_dim=20, tokens=2, start=1, end=2), ("opt", "opt_post_norm", "bart")),
+    "cogvlm": ("VisualExpert", dict(vision_bias=True), ("llama",)),
+    "mplug_owl2": ("VisualExpert", dict(kind="mplug_owl2"), ("llama",)),
+}  # fmt: skip
+PAIRS = [(system, family) for system, (_, _, families) in SYSTEMS.items() for family in families]
+
+IDS = torch.tensor([[5, 7, 9, 11, 13, 15, 17], [6, 8, 10, 12, 14, 16, 18]])
+ANSWER = torch.tensor([[21, 22, 23, 24, 25, 26], [31, 32, 33, 34, 35, 36]])
+
+
+def model(family: str, attention: str = "sdpa"):
+    name, words = CONFIGS[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**words)
+    if family not in ("deberta", "mamba", "gptj"):
+        config._attn_implementation = attention
+    return getattr(transformers, name + _HEADS.get(name, "ForCausalLM"))(config).eval()
+
+
+def still(m):
+    """In training mode, without anything random."""
+    for module in m.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
+    return m.train()
+
+
+def integrator(system: str, **more):
+    name, words, _ = SYSTEMS[system]
+    return getattr(vlkernels, name)(**(words | more))
+
+
+def words_of(family: str, **more) -> dict:
+    found = {"input_ids": IDS} | more
+    return found | ({"decoder_input_ids": ANSWER} if family in ENCODER_DECODERS and "labels" not in found else {})
+
+
+def logits(m, family: str):
+    return m(**words_of(family)).logits
+
+
+def set_batch(m, system: str, family: str, seed: int = 3) -> None:
+    """Media, or a mask, for IDS (ANSWER where that is the decoder's text)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    length = (ANSWER if family in ENCODER_DECODERS else IDS).shape[1]
+    kind = SYSTEMS[system][0]
+    if kind in ("GatedCrossAttention", "IdeficsCrossAttention"):
+        locations = torch.zeros(2, length, dtype=torch.bool)
+        locations[0, 1] = locations[0, 4] = locations[1, 3] = True
+        m.vlkernels.set_media(drawn(2, 2, 3, 20), locations)
+    elif kind == "VisualExpert":
+        mask = torch.zeros(2, length, dtype=torch.long)
+        mask[0, 1:4] = 1
+        m.vlkernels.set_modality(mask)
+    elif kind == "MemVP":
+        m.vlkernels.set_media(drawn(2, 4, 20), has_image=torch.tensor([1, 0]))
+    elif kind == "EpalmTokens":
+        m.vlkernels.set_media(drawn(3, 2, 5, 20))
+    elif system == "llama_adapter":
+        m.vlkernels.set_media(drawn(2, 1, 32))
+
+
+def set_neutral(m, system: str, family: str) -> None:
+    """What a batch sets at step 0, where the model is the base: MemVP's image and eP-ALM's token are not neutral."""
+    if SYSTEMS[system][0] in ("MemVP", "EpalmTokens"):
+        m.vlkernels.set_media(None)
+    else:
+        set_batch(m, system, family)
+
+
+def stir(m) -> None:
+    """Inserted parameters far from their start."""
+    torch.manual_seed(7)
+    for path, p in m.named_parameters():
+        if "vlkernels_" in path:
+            torch.nn.init.normal_(p, std=0.4)
