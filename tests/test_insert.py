@@ -1,4 +1,4 @@
-"""insert and remove: the base model at step 0, its state dict, generation, checkpointing, copies, peft, what is saved."""
+"""insert and remove: the base model at step 0, its state dict, generation, checkpointing, copies, peft, saving."""
 
 import copy
 import io
@@ -94,9 +94,10 @@ def gradients(m, media, locations, labels):
     """Two passes with media of their own before one backward, and nothing set any more when it runs."""
     m.zero_grad()
     media = media.detach().requires_grad_()
+    loss = 0.0
     for factor, flipped in ((1.0, locations), (2.0, locations.flip(0))):
         m.vlkernels.set_media(media * factor, flipped)
-        loss = m(**labels).loss if factor == 1.0 else loss + m(**labels).loss
+        loss = loss + m(**labels).loss
     m.vlkernels.clear()
     loss.backward()
     return [media.grad] + [p.grad.clone() for p in m.parameters() if p.grad is not None]
