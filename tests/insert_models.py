@@ -45,9 +45,24 @@ SYSTEMS = {
     "adaption_prompt": ("AdaptivePrefix", dict(rows=3, top=2, gate="scalar"), ATTENTION),
     "memvp": ("MemVP", dict(in_features=20, rows=6, hidden=5), ATTENTION),
     "epalm": ("EpalmTokens", dict(vis_dim=20, tokens=2, start=1, end=2), ("opt", "opt_post_norm", "bart")),
+    "bottleneck": ("Adapters", dict(options=dict(reduction=4)), FAMILIES),
+    "parallel": ("Adapters", dict(kind="par_bn"), ATTENTION + ("deberta",)),
+    "pfeiffer": ("Adapters", dict(kind="seq_bn", options=dict(reduction_factor=4)), ("llama", "bart", "deberta")),
+    "houlsby": ("Adapters", dict(kind="double_seq_bn", options=dict(use_gating=True)), ("opt_post_norm", "gpt2")),
+    "magma": ("Adapters", dict(kind="magma", options=dict(parallel=True), at=("attention", "ffn")), ("gptj", "opt")),
+    "vl_adapter": ("Adapters", dict(kind="vl_adapter", options=dict(tasks=("a", "b"), share_down=True)), ("t5",)),
+    "compacter": ("Adapters", dict(kind="compacter", options=dict(k=2), shared_rule=True), ("t5", "bart")),
+    "hyperformer": ("Adapters", dict(kind="hyperformer", options=dict(task_dim=4, hidden=6, proj_dim=5)), ("bart",)),
+    "vl_pet": ("Adapters", dict(kind="vl_pet", options=dict(r=8, heads=2, gate="middleY")), ("bart",)),
+    "lavin": ("Adapters", dict(kind="lavin", options=dict(r=4), at=("attention", "ffn")),
+              ("llama", "opt", "gpt2", "mamba")),
+    "frozenbilm": ("Adapters", dict(kind="frozenbilm"), ("deberta",)),
     "cogvlm": ("VisualExpert", dict(vision_bias=True), ("llama",)),
     "mplug_owl2": ("VisualExpert", dict(kind="mplug_owl2"), ("llama",)),
 }  # fmt: skip
+# their adapters start small, not at zero
+SMALL = ("pfeiffer", "houlsby", "magma", "vl_adapter", "compacter", "hyperformer", "vl_pet", "frozenbilm")
+_UP = ("adapter_up", "up_sampler", "multihead_up", "ia3_add", ".up.", "adapter.2.")
 PAIRS = [(system, family) for system, (_, _, families) in SYSTEMS.items() for family in families]
 
 IDS = torch.tensor([[5, 7, 9, 11, 13, 15, 17], [6, 8, 10, 12, 14, 16, 18]])
@@ -104,12 +119,17 @@ def set_batch(m, system: str, family: str, seed: int = 3) -> None:
         m.vlkernels.set_media(drawn(2, 4, 20), has_image=torch.tensor([1, 0]))
     elif kind == "EpalmTokens":
         m.vlkernels.set_media(drawn(3, 2, 5, 20))
+    elif system == "vl_adapter":
+        m.vlkernels.set_task("b")
     elif system == "llama_adapter":
         m.vlkernels.set_media(drawn(2, 1, 32))
 
 
 def set_neutral(m, system: str, family: str) -> None:
-    """What a batch sets at step 0, where the model is the base: MemVP's image and eP-ALM's token are not neutral."""
+    """Step 0, where the model is the base: MemVP's image and eP-ALM's token are not neutral, nor small adapters."""
+    for path, p in m.named_parameters() if system in SMALL else ():
+        if "vlkernels_" in path and any(name in path for name in _UP):
+            torch.nn.init.zeros_(p)
     if SYSTEMS[system][0] in ("MemVP", "EpalmTokens"):
         m.vlkernels.set_media(None)
     else:

@@ -4,6 +4,7 @@ from .backends import BackendRefused, explain, use_backend
 from .integrations.insert import insert, remove, train_inserted
 from .integrations.inserted_state import inserted_state_dict, load_inserted, save_inserted
 from .integrations.integrators import GatedCrossAttention, IdeficsCrossAttention
+from .integrations.integrators_adapter import Adapters
 from .integrations.integrators_expert import VisualExpert
 from .integrations.integrators_prefix import AdaptivePrefix, EpalmTokens, MemVP
 from .integrations.swap import swap, unswap
@@ -32,6 +33,7 @@ from .ops.selective_scan_2d import selective_scan_2d
 __version__ = "0.1.0"
 __all__ = [
     "AdaptivePrefix",
+    "Adapters",
     "BackendRefused",
     "DoRALinear",
     "EpalmTokens",

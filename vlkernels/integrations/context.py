@@ -48,14 +48,14 @@ class Given:
 
 
 class Context:
-    """One for all hosts and attached modules of a model. `shared`: an integrator's module for all layers, at the model.
+    """One for all hosts and attached modules of a model. `shared`: an integrator's module for all layers, by stack.
 
     A copy of it, with the model, forgets the batch.
     """
 
     def __init__(self):
         self.given = Given()
-        self.shared: dict[str, nn.Module] = {}
+        self.shared: dict[str, dict[str, nn.Module]] = {}
         self.parts: dict[str, list[nn.Module]] = {}  # the attached modules of each integrator
         self.kept: dict[tuple, tuple] = {}  # keys and values of media while nothing is trained
         self.now: dict[str, Tensor | None] = {}  # what a layer tells its own sub-layers
@@ -66,6 +66,10 @@ class Context:
     def set(self, name: str, batch: Batch | None) -> None:
         self.given = self.given.plus(name, batch)
         self.kept.clear()
+
+    def shared_of(self, name: str) -> nn.Module:
+        """Of an integrator that goes into one stack."""
+        return next(iter(self.shared[name].values()))
 
     def __getstate__(self):
         return {"shared": self.shared, "parts": self.parts}

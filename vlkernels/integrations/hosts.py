@@ -33,7 +33,21 @@ class View:
 
     def wrap(self, name: str, make: Callable) -> None:
         """From now on `name` is make(what it was)."""
-        self._wrapped[name] = make(getattr(self, name))
+        inner = getattr(self, name)
+        self._wrapped[name] = _Wrapped(inner, make(inner))
+
+
+class _Wrapped:
+    """Another call of a child; its attributes are the child's."""
+
+    def __init__(self, inner: Callable, run: Callable):
+        self._inner, self._run = inner, run
+
+    def __call__(self, *args, **kwargs):
+        return self._run(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
 
 
 def on_input(view: View, name: str, see: Callable[[Tensor], None]) -> None:

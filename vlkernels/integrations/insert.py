@@ -108,6 +108,10 @@ class Inserted(Context):
         """VisualExpert's tokens of the next calls: mask (B, T) of 0 text and 1 image; None: all text."""
         self._set("modality", {"modality": mask}, name)
 
+    def set_task(self, task: str | None, *, name: str | None = None) -> None:
+        """Which task's adapters the next calls go through; None: the first."""
+        self._set("task", {"task": task}, name)
+
     def _set(self, kind: str, values: dict, name: str | None) -> None:
         if name is not None and name not in self.integrators:
             raise ValueError(f"nothing is inserted as {name!r}; accepted: {', '.join(self.integrators)}")
@@ -149,7 +153,8 @@ def insert(
     freezes all that is not its own.
 
     Args:
-        integrator: GatedCrossAttention, IdeficsCrossAttention, AdaptivePrefix, MemVP, EpalmTokens, VisualExpert.
+        integrator: GatedCrossAttention, IdeficsCrossAttention, Adapters, AdaptivePrefix, MemVP, EpalmTokens,
+            VisualExpert.
         layers: numbers of layers, in each stack that the integrator goes into; None: the integrator's own choice.
         freeze: the base's parameters no longer take gradients (peft's adapters still do); remove gives that back.
         device, dtype: of the new parameters; None: of the layer that they go into.
@@ -181,7 +186,7 @@ def insert(
         numbers = integrator.around(asked, stack)
         made = made_like(stack.layers[0], device, dtype)
         if (shared := integrator.shared(stack, made)) is not None:
-            homes.append((_home(model, stack), shared))
+            homes.append((_home(model, stack), stack.name, shared))
         for number, layer in enumerate(stack.layers):
             path = f"{stack.path}.{number}"
             if number not in numbers:
@@ -199,6 +204,7 @@ def insert(
             places.append(Place(path, tuple(f"{paths[id(hosts[host])]}.{PREFIX}{name}" for host in parts)))
     if not plan:
         raise ValueError(f"{type(integrator).__name__} goes into none of the layers; accepted: layers=, or every=1")
+    integrator.finish([part for _, _, part in plan])
     base = list(model.named_parameters())
     # from here on nothing is refused
     for layer, host, part in plan:
@@ -206,13 +212,14 @@ def insert(
             _become_host(module, handle, carries, name)
         host.add_module(PREFIX + name, part.train(host.training))
         host._vlkernels_parts.append(name)
-    for home, shared in homes:
+    for home, stack_name, shared in homes:
         home.add_module(PREFIX + name, shared.train(home.training))
-        handle.shared[name] = shared
+        handle.shared.setdefault(name, {})[stack_name] = shared
     handle.parts[name] = [part for _, _, part in plan]
-    frozen = _freeze(model, base) if freeze else []
+    kept = [p for layer in {id(m): m for m, _, _ in plan}.values() for p in integrator.keeps(layer)]
+    frozen = _freeze(model, base, kept) if freeze else []
     handle.frozen += tuple(base_name(path) for path, _ in frozen)
-    modules = [part for _, _, part in plan] + [shared for _, shared in homes]
+    modules = [part for _, _, part in plan] + [shared for _, _, shared in homes]
     trained = sum(p.numel() for p in {p: None for m in modules for p in m.parameters()})
     report = InsertReport(integrator, chosen[0].family.name, places, trained, sum(p.numel() for _, p in frozen))
     handle.integrators[name], handle.reports[name] = integrator, report
@@ -358,8 +365,8 @@ def _home(model: nn.Module, stack: Stack) -> nn.Module:
     return follow(model, stack.path.rpartition(".")[0])
 
 
-def _freeze(model: nn.Module, base: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    kept = {id(p) for p in peft_parameters(model)}
+def _freeze(model: nn.Module, base: list[tuple[str, nn.Parameter]], kept: list) -> list[tuple[str, nn.Parameter]]:
+    kept = {id(p) for p in kept} | {id(p) for p in peft_parameters(model)}
     kept |= {id(p) for _, m in attached_parts(model) for p in m.parameters()}
     frozen = [(path, p) for path, p in base if p.requires_grad and id(p) not in kept]
     for _, p in frozen:

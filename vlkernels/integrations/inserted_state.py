@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +16,26 @@ _FORMAT = "vlkernels.inserted"
 
 
 def _entries(model: nn.Module) -> dict[str, Tensor]:
-    """By name, as in the model without wrappers: tensors of inserted modules, and what else takes gradients."""
+    """By name, as in the model without wrappers: tensors of inserted modules, and what else takes gradients.
+
+    A tensor that several modules share stands under the first of its names."""
     if handle_of(model) is None:
         raise ValueError(f"nothing was inserted into this {type(model).__name__}")
-    peft = {id(p) for p in peft_parameters(model)}
+    # a LoRA on an inserted linear is peft's to save
+    seen = {id(p) for p in peft_parameters(model)}
     found: dict[str, Tensor] = {}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for name, t in itertools.chain(_attached_tensors(model), trained):
+        if id(t) not in seen:
+            seen.add(id(t))
+            found[base_name(name)] = t
+    return found
+
+
+def _attached_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in attached(model):
         for name, t in module.state_dict(keep_vars=True).items():
-            # a LoRA on an inserted linear is peft's to save
-            if id(t) not in peft:
-                found[base_name(f"{path}.{name}")] = t
-    seen = {id(t) for t in found.values()} | peft
-    for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in seen:
-            found[base_name(name)] = p
-    return found
+            yield f"{path}.{name}", t
 
 
 def inserted_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -69,9 +76,10 @@ def load_inserted(model: nn.Module, source: dict[str, Tensor] | str | os.PathLik
             source = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (it is no dict)
         told = f"; the file holds {', '.join(saved.values())}" if saved else ""
     wanted = _entries(model)
-    everything = {base_name(name): p for name, p in model.named_parameters()} | wanted
-    own = {base_name(f"{path}.{name}") for path, m in attached(model) for name in m.state_dict()}
-    missing = sorted(n for n in wanted if n in own and n not in source)
+    own = {base_name(name): t for name, t in _attached_tensors(model)}
+    everything = {base_name(name): p for name, p in model.named_parameters(remove_duplicate=False)} | own
+    reached = {id(everything[n]) for n in source if n in everything}
+    missing = sorted(n for n, t in wanted.items() if n in own and id(t) not in reached)
     extra = sorted(n for n in source if n not in everything)
     wrong = [
         f"{n} has shape {tuple(source[n].shape)}, accepted {tuple(everything[n].shape)}"

@@ -29,7 +29,7 @@ class Integrator:
     stack: str = "decoder"  # encoder, decoder or both; a model of one stack has only that
 
     needs = ()  # what of a family it needs, by field
-    takes = ()  # what of a batch it takes: media, locations, has_image, modality
+    takes = ()  # what of a batch it takes: media, locations, has_image, modality, task
 
     def __post_init__(self):
         if not (self.name.isidentifier() and self.name):
@@ -63,7 +63,15 @@ class Integrator:
         raise NotImplementedError
 
     def shared(self, stack: Stack, made: dict) -> nn.Module | None:
+        """A module of all layers of a stack, or None."""
         return None
+
+    def finish(self, parts: list[nn.Module]) -> None:
+        """Once all parts of the model are made."""
+
+    def keeps(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Parameters of an adapted layer that go on training."""
+        return []
 
     def batch(self, context: Context, **values) -> Batch:
         """What its parts take of a batch's values, those of `takes`; raises for values that do not fit."""

@@ -207,7 +207,7 @@ class MemVP(Integrator):
                 raise ValueError(f"has_image is of {has_image.shape[0]} samples, media of {media.shape[0]}")
             check_zero_one("has_image", has_image)
             has_image = has_image.to(media.device)
-        keys, values = context.shared[self.name](media, has_image)
+        keys, values = context.shared_of(self.name)(media, has_image)
         return Batch({"keys": keys, "values": values})
 
 
@@ -236,7 +236,7 @@ class _Memory(Part):
 
         def change(h: Tensor) -> Tensor:
             z, batch = kept.pop(), self.given()
-            keys, values = self._context.shared[self._name]() if batch is None else (batch["keys"], batch["values"])
+            keys, values = self._context.shared_of(self._name)() if batch is None else (batch["keys"], batch["values"])
             # OPT's feed-forward is given rows without a batch
             rows = z.view(bound["hidden_states"].shape) if z.dim() == 2 else z
             keys, values = (for_batch(t, rows.shape[0], "media").to(rows.device) for t in (keys, values))
@@ -301,7 +301,7 @@ class EpalmTokens(Integrator):
     def batch(self, context: Context, media) -> Batch | None:
         if media is None:
             return None
-        tokens = context.shared[self.name](media)
+        tokens = context.shared_of(self.name)(media)
         return Batch({f"token{j}": t for j, t in enumerate(tokens)})
 
 
