@@ -115,10 +115,11 @@ def for_batch(t: Tensor, batch: int, what: str) -> Tensor:
     return t.repeat_interleave(batch // t.shape[0], 0)
 
 
-def check_length(bound: dict, cache: str, past, length: int, seen: int, what: str) -> None:
-    """An error where the text is another one than `what` was set for."""
-    alone = bound.get(cache) is None
+def check_length(past, length: int, seen: int, what: str) -> None:
+    """An error where a text from its start is another one than `what` was set for.
+
+    Without a cache generation calls with ever longer texts; a training step has exactly this one.
+    """
     other = length < seen or (length != seen and torch.is_grad_enabled())
-    # without a cache generation calls with ever longer texts; a training step has exactly this one
-    if isinstance(past, int) and past == 0 and alone and other:
+    if isinstance(past, int) and past == 0 and other:
         raise ValueError(f"{what} are of {seen} tokens, the text of {length}; accepted: as many")

@@ -212,7 +212,7 @@ class _GatedPart(Part):
             return
         time = batch["time"]
         past = self.past(bound, time.shape[1])
-        check_length(bound, self._family.cache, past, x.shape[1], time.shape[1], "the media's locations")
+        check_length(past, x.shape[1], time.shape[1], "the media's locations")
         time = for_batch(rows_of(time, past, x.shape[1], "last"), x.shape[0], "media").to(x.device)
         span = spans.spans_of_time(time, batch["count"], self.immediate)
         if self.zero_before:

@@ -118,7 +118,7 @@ class _Router(Part):
         past = self.past(bound)
         if isinstance(past, int) and past >= index.shape[1]:
             return None
-        check_length(bound, self._family.cache, past, x.shape[1], index.shape[1], "the modality mask's tokens")
+        check_length(past, x.shape[1], index.shape[1], "the modality mask's tokens")
         return for_batch(rows_of(index, past, x.shape[1], "zeros"), x.shape[0], "modality masks").to(x.device)
 
 

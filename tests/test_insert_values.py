@@ -1,0 +1,390 @@
+"""What inserted modules compute in a model, against peft, this library's own layers, and the equations by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from insert_models import ANSWER, FAMILIES, IDS, integrator, logits, model, set_batch, stir, words_of
+
+import vlkernels
+from vlkernels.modules import CogVLMDecoderLayer, MPLUGOwl2DecoderLayer, cogvlm_position_ids
+
+pytestmark = pytest.mark.usefixtures("on_the_reference")
+
+
+def close(a, b):
+    return a.shape == b.shape and torch.allclose(a, b, rtol=2e-5, atol=2e-6 * float(b.abs().max()))
+
+
+class Seen:
+    """Inputs and outputs of a model's real modules, by path."""
+
+    def __init__(self, m, paths):
+        self.inputs, self.outputs = {}, {}
+        for path in paths:
+            m.get_submodule(path).register_forward_hook(self.hook(path), with_kwargs=True)
+
+    def hook(self, path):
+        def see(module, args, kwargs, y):
+            self.inputs[path] = args[0] if args else kwargs["hidden_states"]
+            self.outputs[path] = y[0] if isinstance(y, tuple) else y
+
+        return see
+
+
+@torch.no_grad()
+def test_adaption_prompt_is_pefts():
+    """The scalar gate on a Llama, against peft's own adaption prompt with the same parameters."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(
+        model("llama"), peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")
+    )
+    ours = model("llama")
+    vlkernels.insert(ours, integrator("adaption_prompt"))
+    stir(ours)
+    for i in (1, 2):
+        mine = ours.model.layers[i].self_attn.vlkernels_prefix
+        other = theirs.base_model.model.model.layers[i].self_attn
+        other.adaption_prompt.data.copy_(mine.prompt)
+        other.adaption_gate.data.copy_(mine.gate)
+    assert close(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["cogvlm", "mplug_owl2"])
+@torch.no_grad()
+def test_experts_are_the_layers_of_their_systems(kind):
+    """A Llama layer with experts, against this library's decoder layer of that system with the same weights."""
+    m = model("llama")
+    vlkernels.insert(m, integrator(kind, vision_bias=False))
+    stir(m)
+    layer = m.model.layers[0]
+    mask = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 1, 1, 1]])
+    m.vlkernels.set_modality(mask)
+    a, p, eps = layer.self_attn, layer.mlp, m.config.rms_norm_eps
+    if kind == "cogvlm":
+        own = CogVLMDecoderLayer(32, 48, 4, 2, eps=eps)
+        for which, q, f in (("language", a, p), ("vision", a.vlkernels_expert, p.vlkernels_expert)):
+            packed = torch.cat([getattr(q, f"{n}_proj").weight for n in "qkv"])
+            getattr(own.self_attn, f"{which}_expert_query_key_value").weight.copy_(packed)
+            getattr(own.self_attn, f"{which}_expert_dense").weight.copy_(q.o_proj.weight)
+            for n in ("gate_proj", "up_proj", "down_proj"):
+                getattr(getattr(own.mlp, f"{which}_mlp"), n).weight.copy_(getattr(f, n).weight)
+        own.input_layernorm.weight.copy_(layer.input_layernorm.weight)
+        own.post_attention_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
+        positions = cogvlm_position_ids(mask)
+    else:
+        own = MPLUGOwl2DecoderLayer(32, 48, 4, 2, eps=eps)
+        for n in ("k_proj", "v_proj"):
+            for i, weights in enumerate((a, a.vlkernels_expert)):
+                getattr(own.self_attn, n).multiway[i].weight.copy_(getattr(weights, n).weight)
+        for n in ("input_layernorm", "post_attention_layernorm"):
+            for i, weights in enumerate((layer, layer.vlkernels_expert)):
+                getattr(own, n).multiway[i].weight.copy_(getattr(weights, n).weight)
+        own.self_attn.q_proj.weight.copy_(a.q_proj.weight)
+        own.self_attn.o_proj.weight.copy_(a.o_proj.weight)
+        for n in ("gate_proj", "up_proj", "down_proj"):
+            getattr(own.mlp, n).weight.copy_(getattr(p, n).weight)
+        positions = torch.arange(7).expand(2, -1)
+    seen = Seen(m, ["model.layers.0"])
+    m(IDS, position_ids=positions)
+    assert close(seen.outputs["model.layers.0"], own(seen.inputs["model.layers.0"], mask, position_ids=positions))
+
+
+@torch.no_grad()
+def test_text_rows_beside_an_image_are_the_base():
+    """A sample without image tokens is the base model's, bit for bit, in a batch with one."""
+    m = model("llama")
+    base = m(IDS).logits
+    for kind in ("cogvlm", "mplug_owl2"):
+        vlkernels.insert(m, integrator(kind))
+        stir(m)
+        set_batch(m, kind, "llama")
+        found = m(IDS).logits
+        assert torch.equal(found[1], base[1]) and not torch.equal(found[0], base[0])
+        vlkernels.remove(m)
+
+
+@torch.no_grad()
+def test_gated_block_stands_before_the_layer():
+    """Every second layer of three: the one in the middle. Its input is the block's output over the layer's."""
+    m = model("llama")
+    vlkernels.insert(m, integrator("flamingo"))
+    stir(m)
+    set_batch(m, "flamingo", "llama")
+    seen = Seen(m, ["model.layers.0", "model.layers.1.input_layernorm", "model.layers.1"])
+    m(IDS)
+    block, batch = m.model.layers[1].vlkernels_gated, m.vlkernels.of("gated")
+    locations = torch.diff(batch["time"], prepend=torch.zeros(2, 1, dtype=torch.int32)) > 0
+    want = block(seen.outputs["model.layers.0"], batch["media"], locations)
+    assert close(seen.inputs["model.layers.1.input_layernorm"], want)
+    assert not hasattr(m.model.layers[0], "vlkernels_gated") and not hasattr(m.model.layers[2], "vlkernels_gated")
+
+
+@pytest.mark.parametrize("system", ["flamingo", "idefics"])
+@torch.no_grad()
+def test_text_alone_is_a_text_before_its_media(system):
+    """set_media(None) gives what rows before any medium get."""
+    m = model("llama")
+    vlkernels.insert(m, integrator(system))
+    stir(m)
+    m.vlkernels.set_media(torch.randn(2, 1, 3, 20), torch.zeros(2, 7, dtype=torch.bool))
+    unseen = m(IDS).logits
+    m.vlkernels.set_media(None)
+    assert close(m(IDS).logits, unseen)
+
+
+PREFIXED = {
+    "opt": ("model.decoder.layers.1.self_attn", "q_proj", "k_proj", "v_proj", "out_proj", 8, None),
+    "opt_post_norm": ("model.decoder.layers.1.self_attn", "q_proj", "k_proj", "v_proj", "out_proj", 8, None),
+    "gpt2": ("transformer.h.1.attn", "c_attn", "", "", "c_proj", 8, None),
+    "gptj": ("transformer.h.1.attn", "q_proj", "k_proj", "v_proj", "out_proj", 8, 1),
+    "llama": ("model.layers.1.self_attn", "q_proj", "k_proj", "v_proj", "o_proj", 8, 1),
+    "t5": ("decoder.block.1.layer.0.SelfAttention", "q", "k", "v", "o", 6, None),
+    "bart": ("model.decoder.layers.1.self_attn", "q_proj", "k_proj", "v_proj", "out_proj", 8, None),
+}
+
+
+@pytest.mark.parametrize("family", PREFIXED)
+@torch.no_grad()
+def test_prefix_by_hand(family):
+    """out's input grows by tanh(gate) softmax(scale q K_Pᵀ) V_P; of rotated queries position 0, which is not turned."""
+    path, q, k, v, out, width, rows = PREFIXED[family]
+    m = model(family, "eager")
+    seen = Seen(m, [f"{path}.{n}" for n in (q, out)])
+    logits(m, family)
+    before, queries = seen.inputs[f"{path}.{out}"], seen.outputs[f"{path}.{q}"]
+    vlkernels.insert(m, vlkernels.AdaptivePrefix(rows=3, visual=True, new_gate=True), layers=1)
+    stir(m)
+    visual = torch.randn(2, 3, 32)
+    m.vlkernels.set_media(visual)
+    logits(m, family)
+    attention = m.get_submodule(path)
+    part = attention.vlkernels_prefix
+    prompt = part.prompt + visual
+    if family == "gpt2":
+        queries = queries.chunk(3, -1)[0]
+        keys, values = attention.c_attn(prompt).chunk(3, -1)[1:]
+    else:
+        keys, values = getattr(attention, k)(prompt), getattr(attention, v)(prompt)
+    heads = lambda t: t.unflatten(-1, (-1, width)).transpose(1, 2)  # noqa: E731
+    queries, keys, values = heads(queries), heads(keys), heads(values)
+    keys, values = (t.repeat_interleave(queries.shape[1] // t.shape[1], 1) for t in (keys, values))
+    weights = (queries @ keys.transpose(2, 3) * (1.0 if family == "t5" else width**-0.5)).softmax(-1)
+    added = (part.gate.tanh() * part.new_gate * (weights @ values)).transpose(1, 2).flatten(2)
+    found = seen.inputs[f"{path}.{out}"]
+    assert close(found[:, :rows], (before + added)[:, :rows])
+    assert not torch.allclose(found[:, -1], before[:, -1], rtol=1e-2)
+
+
+@torch.no_grad()
+def test_prefix_on_rotated_queries():
+    """All positions of a Llama and a GPT-J: queries of the model's own rotation."""
+    for family, path in (("llama", "model.layers.2.self_attn"), ("gptj", "transformer.h.2.attn")):
+        m = model(family, "eager")
+        out = f"{path}.{'o_proj' if family == 'llama' else 'out_proj'}"
+        kept = []
+        attention = m.get_submodule(path)
+        # the queries as the scores get them
+        if family == "llama":
+            from transformers.models.llama import modeling_llama as room
+
+            turn = room.apply_rotary_pos_emb
+            seen = Seen(m, [out, f"{path}.q_proj"])
+            logits(m, family)
+            q = seen.outputs[f"{path}.q_proj"].unflatten(-1, (-1, 8)).transpose(1, 2)
+            cos, sin = m.model.rotary_emb(q, torch.arange(7)[None])
+            q = turn(q, q, cos, sin)[0]
+        else:
+            inner = attention._attn
+            attention._attn = lambda query, *a, inner=inner, kept=kept: (kept.append(query), inner(query, *a))[1]
+            seen = Seen(m, [out])
+            logits(m, family)
+            q = kept[0]
+            del attention._attn
+        before = seen.inputs[out]
+        vlkernels.insert(m, vlkernels.AdaptivePrefix(rows=3), layers=2)
+        stir(m)
+        logits(m, family)
+        part = attention.vlkernels_prefix
+        keys, values = (
+            linear(part.prompt).unflatten(-1, (-1, 8)).transpose(1, 2)
+            for linear in (attention.k_proj, attention.v_proj)
+        )
+        keys, values = (t.repeat_interleave(4 // t.shape[1], 1) for t in (keys, values))
+        added = part.gate.tanh() * ((q @ keys.transpose(2, 3) * 8**-0.5).softmax(-1) @ values)
+        assert close(seen.inputs[out], before + added.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("family, ffn, out", [
+    ("llama", "model.layers.1.mlp", "model.layers.1.mlp"), ("gpt2", "transformer.h.1.mlp", "transformer.h.1.mlp"),
+    ("gptj", "transformer.h.1.mlp", "transformer.h.1.mlp"),
+    ("opt", "model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"),
+    ("bart", "model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"),
+    ("t5", "decoder.block.1.layer.2.DenseReluDense", "decoder.block.1.layer.2.DenseReluDense"),
+])  # fmt: skip
+@torch.no_grad()
+def test_memory_by_hand(family, ffn, out):
+    """The layer's output moves by s silu(z K_xᵀ) V_x, z what the feed-forward is given."""
+    layer = ffn.rpartition(".")[0].removesuffix(".layer.2")
+    m = model(family)
+    seen = Seen(m, [ffn, out, layer] + (["model.decoder.layers.1.final_layer_norm"] if family == "bart" else []))
+    logits(m, family)
+    before = seen.inputs["model.decoder.layers.1.final_layer_norm"] if family == "bart" else seen.outputs[layer]
+    vlkernels.insert(m, integrator("memvp", s=3.0), layers=1)
+    stir(m)
+    set_batch(m, "memvp", family)
+    logits(m, family)
+    batch = m.vlkernels.of("memory")
+    z = seen.inputs[ffn].view(2, -1, 32)
+    added = 3.0 * F.silu(z @ batch["keys"].mT) @ batch["values"]
+    found = seen.inputs["model.decoder.layers.1.final_layer_norm"] if family == "bart" else seen.outputs[layer]
+    assert close(found, before + added) and float(added.abs().max()) > 0.3 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("family", ["opt", "bart"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_epalm_by_hand(family, attention):
+    """Layer 1 gets [token | text] under a mask open in its first row and column, layer 2 another token at the front."""
+    m = model(family, attention)
+    path = "model.decoder.layers"
+    vlkernels.insert(m, integrator("epalm", end=3))
+    stir(m)
+    set_batch(m, "epalm", family)
+    tokens = [m.vlkernels.of("epalm")[f"token{j}"] for j in range(2)]
+    seen = Seen(m, [f"{path}.{i}" for i in range(3)])
+    found = logits(m, family)
+    length = (ANSWER if family == "bart" else IDS).shape[1]
+    assert found.shape[1] == length + 1
+    vlkernels.remove(m)
+    x, passed = seen.outputs[f"{path}.0"], seen.outputs[f"{path}.1"]
+    mask = torch.ones(length + 1, length + 1, dtype=torch.bool).tril()
+    mask[0] = True
+    mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[None, None]
+    words = {"attention_mask": mask}
+    if family == "bart":
+        words["encoder_hidden_states"] = m.model.encoder(IDS).last_hidden_state
+    x = torch.cat((tokens[0], x), 1)
+    x = m.get_submodule(f"{path}.1")(x, **words)
+    assert close(passed, x)
+    x = m.get_submodule(f"{path}.2")(torch.cat((tokens[1], x[:, 1:]), 1), **words)
+    norm = getattr(m.model.decoder, "final_layer_norm", None)
+    assert close(found, m.lm_head(x if norm is None else norm(x)) + getattr(m, "final_logits_bias", 0))
+
+
+# of layer 1: where h comes from, what r is the input of, where h + r goes, the block's norm
+CROSS, OUTPUT = "encoder_attn_layer_norm", "attention.output.LayerNorm"
+SITES = {
+    ("llama", "attention"): ("self_attn", "input_layernorm", "<post_attention_layernorm", None),
+    ("llama", "ffn"): ("mlp", "post_attention_layernorm", ">", None),
+    ("opt", "attention"): ("self_attn", "self_attn_layer_norm", "<final_layer_norm", None),
+    ("opt", "ffn"): ("fc2", "final_layer_norm", ">", None),
+    ("opt_post_norm", "attention"): ("self_attn", "self_attn", "<self_attn_layer_norm", "self_attn_layer_norm"),
+    ("opt_post_norm", "ffn"): ("fc2", "fc1", "<final_layer_norm", "final_layer_norm"),
+    ("gpt2", "attention"): ("attn", "ln_1", "<ln_2", None),
+    ("gpt2", "ffn"): ("mlp", "ln_2", ">", None),
+    ("t5", "attention"): ("layer.0.SelfAttention", "layer.0.layer_norm", ">layer.0", None),
+    ("t5", "cross_attention"): ("layer.1.EncDecAttention", "layer.1.layer_norm", ">layer.1", None),
+    ("t5", "ffn"): ("layer.2.DenseReluDense", "layer.2.layer_norm", ">layer.2", None),
+    ("bart", "attention"): ("self_attn", "self_attn", "<self_attn_layer_norm", "self_attn_layer_norm"),
+    ("bart", "cross_attention"): ("encoder_attn", "encoder_attn", f"<{CROSS}", CROSS),
+    ("bart", "ffn"): ("fc2", "fc1", "<final_layer_norm", "final_layer_norm"),
+    ("deberta", "attention"): ("attention.output.dense", "", f"<{OUTPUT}", OUTPUT),
+    ("deberta", "ffn"): ("output.dense", "intermediate", "<output.LayerNorm", "output.LayerNorm"),
+    ("mamba", "attention"): ("mixer", "norm", ">", None),
+    ("gptj", "attention"): ("attn", "ln_1", ">", None),
+    ("gptj", "ffn"): ("mlp", "ln_1", ">", None),
+}  # fmt: skip
+_BLOCKS = dict(llama="model.layers", opt="model.decoder.layers", opt_post_norm="model.decoder.layers",
+               gpt2="transformer.h", gptj="transformer.h", t5="decoder.block", bart="model.decoder.layers",
+               deberta="deberta.encoder.layer", mamba="backbone.layers")  # fmt: skip
+
+
+@pytest.mark.parametrize("family, place", SITES)
+@torch.no_grad()
+def test_adapters_stand_before_the_residual_add(family, place):
+    """The block adds r to branch(h, r, norm): of Pfeiffer's, which reads all three, and of the parallel one."""
+    h, r, total, norm = SITES[family, place]
+    base = f"{_BLOCKS[family]}.1"
+    name = lambda p: f"{base}.{p}".removesuffix(".")  # noqa: E731
+    for kind, options in (("seq_bn", {"reduction_factor": 4}), ("par_bn", {"use_gating": True})):
+        m = model(family)
+        adapters = vlkernels.Adapters(kind=kind, options=options, at=(place,), stack="decoder")
+        vlkernels.insert(m, adapters, layers=1)
+        stir(m)
+        seen = Seen(m, {name(p) for p in (h, r, total[1:])})
+        logits(m, family)
+        shape = seen.outputs[base] if base in seen.outputs else logits(m, family)
+        text = lambda t, like=shape: t.view(*like.shape[:2], -1) if t.dim() == 2 else t  # noqa: E731
+        part = next(x for n, x in m.named_modules() if n.endswith(f"vlkernels_adapters.{place}"))
+        hidden, residual = text(seen.outputs[name(h)]), text(seen.inputs[name(r)])
+        # before the norm is called once more
+        got = text(seen.inputs[name(total[1:])] if total[0] == "<" else seen.outputs[name(total[1:])])
+        want = residual + part.branch(hidden, residual, None if norm is None else m.get_submodule(name(norm)))
+        if family == "gptj":
+            # attention and feed-forward beside each other
+            other = Seen(m, [name({"attention": "mlp", "ffn": "attn"}[place])])
+            logits(m, family)
+            want = want + next(iter(other.outputs.values()))
+        assert close(got, want), kind
+
+
+@torch.no_grad()
+def test_values_of_vl_pet():
+    """In BART's decoder the values of the cross-attention, of the encoder's output; in its encoder both sub-layers."""
+    m = model("bart")
+    vlkernels.insert(m, integrator("vl_pet"))
+    stir(m)
+    path = "model.decoder.layers.1.encoder_attn"
+    seen = Seen(m, [f"{path}.v_proj"])
+    out = m(**words_of("bart"), use_cache=True)
+    attention = m.get_submodule(path)
+    x = seen.inputs[f"{path}.v_proj"]
+    want = attention.vlkernels_adapters.attn_value_parallel_adapter.value(x, attention.v_proj(x))
+    cached = out.past_key_values.cross_attention_cache.layers[1].values
+    assert close(cached.transpose(1, 2).flatten(2), want)
+    assert {n for n, _ in m.model.encoder.layers[0].vlkernels_adapters.named_children()} == {"attention", "ffn"}
+
+
+@torch.no_grad()
+def test_lavin_routes_by_the_prompt():
+    """LaVIN's adapter stands before the attention; a later step takes the weights of the prompt's first token."""
+    m = model("llama")
+    vlkernels.insert(m, integrator("lavin"))
+    stir(m)
+    adapter = m.model.layers[1].vlkernels_adapters.attention
+    seen = Seen(m, ["model.layers.1.input_layernorm", "model.layers.1.self_attn"])
+    first = m(IDS, use_cache=True)
+    n = seen.outputs["model.layers.1.input_layernorm"]
+    weights = adapter.route(n)
+    assert close(seen.inputs["model.layers.1.self_attn"], adapter(n, weights=weights))
+    m(IDS[:, :1], past_key_values=first.past_key_values)
+    n = seen.outputs["model.layers.1.input_layernorm"]
+    assert close(seen.inputs["model.layers.1.self_attn"], adapter(n, weights=weights))
+    assert not torch.equal(adapter.route(n), weights)
+
+
+@torch.no_grad()
+def test_tasks():
+    m = model("t5")
+    vlkernels.insert(m, vlkernels.Adapters(kind="vl_adapter", options={"tasks": ("a", "b")}))
+    stir(m)
+    found = {}
+    for task in (None, "a", "b"):
+        m.vlkernels.set_task(task)
+        found[task] = logits(m, "t5")
+    assert torch.equal(found[None], found["a"]) and not torch.equal(found["a"], found["b"])
+    with pytest.raises(ValueError, match="task is 'c'; accepted: a, b"):
+        m.vlkernels.set_task("c")
+    assert torch.equal(logits(m, "t5"), found["b"])
+
+
+def test_norms_train_where_published():
+    m = model("t5")
+    vlkernels.insert(m, vlkernels.Adapters(kind="vl_adapter", train_norms=True), layers=[0, 1])
+    trained = {n for n, p in m.named_parameters() if p.requires_grad and "vlkernels_" not in n}
+    assert trained and all(n.endswith("layer_norm.weight") and (".0." in n or ".1." in n) for n in trained)
+    assert trained <= vlkernels.inserted_state_dict(m).keys()
+
+
+def test_every_family_has_its_sites():
+    assert {f for f, _ in SITES} == set(FAMILIES)
