@@ -69,6 +69,11 @@ IDS = torch.tensor([[5, 7, 9, 11, 13, 15, 17], [6, 8, 10, 12, 14, 16, 18]])
 ANSWER = torch.tensor([[21, 22, 23, 24, 25, 26], [31, 32, 33, 34, 35, 36]])
 
 
+def close(a, b) -> bool:
+    """Up to float32's rounding over a few layers, as a share of the largest value."""
+    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+
+
 def model(family: str, attention: str = "sdpa"):
     name, words = CONFIGS[family]
     torch.manual_seed(0)

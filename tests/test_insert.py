@@ -11,6 +11,7 @@ from insert_models import (
     FAMILIES,
     IDS,
     PAIRS,
+    close,
     integrator,
     logits,
     model,
@@ -87,7 +88,7 @@ def test_media_of_beams_are_their_sample():
     set_batch(m, "flamingo", "llama")
     with torch.no_grad():
         one, two = m(IDS).logits, m(IDS.repeat_interleave(2, 0)).logits
-    assert torch.allclose(two, one.repeat_interleave(2, 0), rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+    assert close(two, one.repeat_interleave(2, 0))
 
 
 def gradients(m, media, locations, labels):
@@ -124,7 +125,7 @@ def test_checkpointing(family, reentrant):
     # once more in backward: the inserted block is recomputed with its layer
     assert len(calls) == 4 and len(found) == len(plain)
     for a, b in zip(found, plain, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+        assert close(a, b)
 
 
 @each
@@ -147,7 +148,7 @@ def test_checkpointing_of_each(system, family):
     # a vision layer that no layer takes; adapters of another task
     assert all("epalm" in n or ".adapters.a." in n for n in unused), unused
     for n, g in plain.items():
-        assert torch.allclose(found[n], g, rtol=1e-4, atol=1e-6 * float(g.abs().max())), n
+        assert close(found[n], g), n
 
 
 @pytest.mark.parametrize("system, family", [p for p in PAIRS if p[1] in ("llama", "bart") or p[0] == "flamingo"])
@@ -179,7 +180,7 @@ def test_compile(system):
     set_batch(m, system, "llama")
     want = m(IDS, use_cache=False).logits
     found = torch.compile(m, backend="aot_eager", fullgraph=True)(IDS, use_cache=False).logits
-    assert torch.allclose(found, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+    assert close(found, want)
 
 
 @pytest.mark.parametrize("system", ["flamingo", "llama_adapter", "cogvlm"])
@@ -311,3 +312,24 @@ def test_swap_with_insert():
     m(IDS)
     vlkernels.unswap(m)
     vlkernels.remove(m)
+
+
+@pytest.mark.parametrize("system, family", [(s, "llama") for s in ("flamingo", "llama_adapter", "memvp", "bottleneck",
+                                            "lavin")] + [("flamingo", "mamba"), ("parallel", "deberta")])  # fmt: skip
+@pytest.mark.parametrize("base, new", [(torch.bfloat16, torch.float32), (torch.float16, None)])
+def test_dtypes(system, family, base, new):
+    """New parameters of the base's dtype, or float32 ones over it; the residual stream keeps its own."""
+    m = model(family).to(base)
+    want = logits(m, family)
+    vlkernels.insert(m, integrator(system), dtype=new)
+    trained = [p for n, p in m.named_parameters() if "vlkernels_" in n]
+    assert all(p.dtype == (new or base) for p in trained)
+    if system != "memvp":
+        set_neutral(m, system, family)
+    found = logits(m, family)
+    assert found.dtype == want.dtype and torch.equal(found, want)
+    stir(m)
+    logits(m, family).float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in trained if p.grad is not None) and any(
+        p.grad is not None for p in trained
+    )

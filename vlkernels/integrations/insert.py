@@ -311,6 +311,8 @@ def made_like(layer: nn.Module, device, dtype) -> dict:
     like = next((p for p in layer.parameters() if p.is_floating_point()), None)
     if like is None:
         like = torch.empty((), device=next(layer.parameters()).device)
+    if device is None and like.device.type == "meta":
+        raise ValueError("the layer's parameters are elsewhere (offloaded?); accepted: device= for the new ones")
     return {"device": device or like.device, "dtype": dtype or like.dtype}
 
 
@@ -345,8 +347,9 @@ def _host_problem(module: nn.Module) -> str | None:
         return "its class is a fused one; accepted: unswap, insert, then swap"
     if "FSDPModule" in names:
         return "it is sharded; accepted: insert, then shard"
-    if "forward" in module.__dict__:
-        return "the instance carries a forward of its own (accelerate's hooks?), which a class cannot replace"
+    # accelerate's hook calls a bound forward, which set_class binds anew
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return "the instance carries a forward of its own, which a class cannot replace"
     return None
 
 

@@ -6,6 +6,7 @@ VisualExpert (`integrators_expert.py`). Prefix tuning and soft prompts in front 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,24 @@ class Part(nn.Module):
 
     def wire(self, view: View, bound: dict) -> None:
         raise NotImplementedError
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def in_dtype_of(module: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """run(x) of a module whose parameters may be of another dtype than the residual stream x, in x's dtype.
+
+    Where x is the wider one (a Mamba's float32 stream) it keeps its digits, and gets what the module adds.
+    """
+    own = dtype_of(module)
+    if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+        return run(x)
+    low = x.to(own)
+    if torch.promote_types(x.dtype, own) == own:
+        return run(low).to(x.dtype)
+    return x + (run(low) - low).to(x.dtype)
 
 
 def check_tensor(what: str, t, dims: tuple[int, ...], shape: str, width: int | None = None) -> None:
@@ -208,7 +227,7 @@ class _GatedPart(Part):
                 "set_media(None) for text alone"
             )
         if batch["media"] is None:
-            bound["hidden_states"] = self.without_media(x)
+            bound["hidden_states"] = in_dtype_of(self, x, self.without_media)
             return
         time = batch["time"]
         past = self.past(bound, time.shape[1])
@@ -217,18 +236,18 @@ class _GatedPart(Part):
         span = spans.spans_of_time(time, batch["count"], self.immediate)
         if self.zero_before:
             span = span.masked_fill((time == 0)[..., None], 0)
-        kv = {name: for_batch(t, x.shape[0], "media") for name, t in self.keys_values(batch, x).items()}
+        kv = {name: for_batch(t, x.shape[0], "media") for name, t in self.keys_values(batch, x.device).items()}
         context = MediaContext(MediaMask(span, tokens=batch["n"]), {id(self.attention): kv})
-        bound["hidden_states"] = self(x, context=context)
+        bound["hidden_states"] = in_dtype_of(self, x, lambda x: self(x, context=context))
 
-    def keys_values(self, batch: Batch, x: Tensor) -> dict[str, Tensor]:
+    def keys_values(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Of the media, made once for all steps of a generation; in training in each pass, which has its own graph."""
-        media = batch["media"].to(x.device)
-        media = media if torch.is_autocast_enabled(x.device.type) else media.to(x.dtype)
+        autocast = torch.is_autocast_enabled(device.type)
+        media = batch["media"].to(device) if autocast else batch["media"].to(device, dtype_of(self))
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return MediaContext.of([self], media, MediaMask()).of_layer(self)
         weights = [linear.weight for linear in self.attention.kv if hasattr(linear, "weight")]
-        key = (batch["media"], x.dtype, torch.is_autocast_enabled(x.device.type), *((w, w._version) for w in weights))
+        key = (batch["media"], autocast, *((w, w._version) for w in weights))
         place, kept = (self._name, self._family.stack, self._index), self._context.kept
         if place not in kept or not _same(kept[place][0], key):
             kept[place] = key, MediaContext.of([self], media, MediaMask()).of_layer(self)

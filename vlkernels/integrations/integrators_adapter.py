@@ -12,7 +12,7 @@ from ..modules.vl_adapter import PHMLinear, VLAdapterController, VLHyperformer, 
 from .context import Batch, Context, for_batch
 from .families import Family, Site, Stack, follow
 from .hosts import View, on_input, on_output
-from .integrators import Integrator, Part
+from .integrators import Integrator, Part, dtype_of
 
 # where upstream puts them, if not after both
 _AT = {"seq_bn": ("ffn",), "par_bn": ("ffn",), "magma": ("ffn",), "lavin": ("attention",)}
@@ -169,9 +169,11 @@ class _Adapters(Part):
             on_input(view, site.first, lambda t: seen.update(inputs=t))
 
         def change(h: Tensor) -> Tensor:
-            given = {k: _as_text(t, bound) for k, t in seen.items()}
-            y = adapter.branch(_as_text(h, bound), given.pop("residual", None), norm, **given, **words)
-            return y.view(h.shape)
+            given = {k: _as_text(t, bound) for k, t in seen.items()} | {"hidden": _as_text(h, bound)}
+            if not torch.is_autocast_enabled(h.device.type):
+                given = {k: t.to(dtype_of(adapter)) for k, t in given.items()}
+            y = adapter.branch(given.pop("hidden"), given.pop("residual", None), norm, **given, **words)
+            return y.to(h.dtype).view(h.shape)
 
         on_output(view, site.last, change)
 
@@ -180,7 +182,9 @@ class _Adapters(Part):
             def run(*args, **kwargs):
                 x = args[0] if args else kwargs["hidden_states"]
                 rows = _as_text(x, bound)
-                y = adapter(rows, weights=self._routes(adapter, rows, bound, site.kind)).view(x.shape)
+                if not torch.is_autocast_enabled(x.device.type):
+                    rows = rows.to(dtype_of(adapter))
+                y = adapter(rows, weights=self._routes(adapter, rows, bound, site.kind)).to(x.dtype).view(x.shape)
                 return inner(y, *args[1:], **kwargs) if args else inner(**(kwargs | {"hidden_states": y}))
 
             return run
