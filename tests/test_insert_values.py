@@ -229,7 +229,8 @@ def test_memory_by_hand(family, ffn, out):
     stir(m)
     set_batch(m, "memvp", family)
     logits(m, family)
-    batch = m.vlkernels.of("memory")
+    handle = m.vlkernels
+    batch = handle.integrators["memory"].made(handle, handle.of("memory"))
     z = seen.inputs[ffn].view(2, -1, 32)
     added = 3.0 * F.silu(z @ batch["keys"].mT) @ batch["values"]
     found = seen.inputs["model.decoder.layers.1.final_layer_norm"] if family == "bart" else seen.outputs[layer]
@@ -246,7 +247,8 @@ def test_epalm_by_hand(family, attention):
     vlkernels.insert(m, integrator("epalm", end=3))
     stir(m)
     set_batch(m, "epalm", family)
-    tokens = [m.vlkernels.of("epalm")[f"token{j}"] for j in range(2)]
+    handle = m.vlkernels
+    tokens = list(handle.integrators["epalm"].made(handle, handle.of("epalm")).tensors.values())
     seen = Seen(m, [f"{path}.{i}" for i in range(3)])
     found = logits(m, family)
     length = (ANSWER if family == "bart" else IDS).shape[1]

@@ -6,6 +6,7 @@ several forward passes read the same. A `with` block would end before backward, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,6 +56,7 @@ class Context:
 
     def __init__(self):
         self.given = Given()
+        self.set_as: dict[str, Batch] = {}  # what `given` was made of, where a shared module makes it
         self.shared: dict[str, dict[str, nn.Module]] = {}
         self.parts: dict[str, list[nn.Module]] = {}  # the attached modules of each integrator
         self.kept: dict[tuple, tuple] = {}  # keys and values of media while nothing is trained
@@ -64,8 +66,17 @@ class Context:
         return self.given.batches.get(name)
 
     def set(self, name: str, batch: Batch | None) -> None:
+        self.set_as = {n: b for n, b in self.set_as.items() if n != name}
+        if batch is not None:
+            self.set_as[name] = batch
         self.given = self.given.plus(name, batch)
         self.kept.clear()
+
+    def keep(self, place: tuple, key: tuple, make: Callable):
+        """make(), or what it gave at this place when the key was the same: compared by identity of its tensors."""
+        if place not in self.kept or not _same(self.kept[place][0], key):
+            self.kept[place] = key, make()
+        return self.kept[place][1]
 
     def shared_of(self, name: str) -> nn.Module:
         """Of an integrator that goes into one stack."""
@@ -77,6 +88,18 @@ class Context:
     def __setstate__(self, state):
         self.__init__()
         self.shared, self.parts = state["shared"], state["parts"]
+
+
+def _same(a: tuple, b: tuple) -> bool:
+    return len(a) == len(b) and all(
+        _same(p, q) if isinstance(p, tuple) else p is q or (isinstance(p, (bool, int)) and p == q)
+        for p, q in zip(a, b, strict=True)
+    )
+
+
+def state_of(tensors: Iterable[Tensor]) -> tuple:
+    """A key of tensors and their present values."""
+    return tuple((t, t._version) for t in tensors)
 
 
 def past_length(bound: dict, cache: str, index: int, seen: int):

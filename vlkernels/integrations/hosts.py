@@ -14,7 +14,10 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+
+from .context import state_of
 
 PREFIX = "vlkernels_"  # of the attached children's names
 
@@ -130,6 +133,48 @@ def _revived(original: type) -> nn.Module:
     """An empty host, for copy and pickle."""
     cls = host_class(original)
     return cls.__new__(cls)
+
+
+def before_model(module: nn.Module, args) -> None:
+    """A hook of the model that owns the layers: what shared modules make of the batch, once for all layers of a pass.
+
+    Within the model's forward, so that sharded parameters are at hand and each pass has a graph of its own.
+    """
+    context = module._vlkernels_home
+    for name, modules in context.shared.items():
+        given = context.set_as.get(name)
+        make = functools.partial(context.integrators[name].made, context, given)
+        if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling():
+            made = make()
+        else:
+            parameters = (p for m in modules.values() for p in m.parameters())
+            made = context.keep((name,), (given, _autocast(), state_of(parameters)), make)
+        context.given = context.given.plus(name, made)
+
+
+def _autocast() -> bool:
+    return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+
+
+def after_model(module: nn.Module, args, output) -> None:
+    """Nothing of the pass is kept."""
+    context = module._vlkernels_home
+    for name in context.shared:
+        context.given = context.given.plus(name, context.set_as.get(name))
+
+
+def become_home(module: nn.Module, context) -> None:
+    if "_vlkernels_home" not in module.__dict__:
+        module._vlkernels_home = context
+        module.register_forward_pre_hook(before_model)
+        module.register_forward_hook(after_model)
+
+
+def leave_home(module: nn.Module) -> None:
+    del module._vlkernels_home
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if hook in (before_model, after_model)]:
+            del hooks[key]
 
 
 def is_host(module: nn.Module) -> bool:

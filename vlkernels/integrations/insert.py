@@ -19,7 +19,7 @@ from torch import nn
 
 from .context import Context
 from .families import Stack, follow, stacks
-from .hosts import PREFIX, host_class, is_host
+from .hosts import PREFIX, become_home, host_class, is_host, leave_home
 from .integrators import Integrator
 from .swap import set_class
 
@@ -215,6 +215,7 @@ def insert(
     for home, stack_name, shared in homes:
         home.add_module(PREFIX + name, shared.train(home.training))
         handle.shared.setdefault(name, {})[stack_name] = shared
+        become_home(home, handle)
     handle.parts[name] = [part for _, _, part in plan]
     kept = [p for layer in {id(m): m for m, _, _ in plan}.values() for p in integrator.keeps(layer)]
     frozen = _freeze(model, base, kept) if freeze else []
@@ -257,6 +258,9 @@ def remove(model: nn.Module, name: str | None = None) -> int:
             set_class(module, type(module).vlkernels_host)
             for attribute in ("context", "carries", "parts", "for"):
                 del module.__dict__[f"_vlkernels_{attribute}"]
+    for module in model.modules():
+        if "_vlkernels_home" in module.__dict__ and not any(PREFIX + n in module._modules for n in handle.shared):
+            leave_home(module)
     for n in names:
         handle.set(n, None)
         handle.shared.pop(n, None)

@@ -17,7 +17,7 @@ from ..modules.gated import GatedCrossAttentionBlock, IdeficsGatedCrossAttention
 from ..modules.gated_layers import gated_mlp
 from ..modules.gated_media import MediaContext, MediaMask, _check_counts
 from ..ops.media_cross_attention import spans
-from .context import UNSET, Batch, Context, check_length, for_batch, past_length, rows_of
+from .context import UNSET, Batch, Context, check_length, for_batch, past_length, rows_of, state_of
 from .families import Family, Stack, follow
 from .hosts import PREFIX, View
 
@@ -67,6 +67,10 @@ class Integrator:
         """A module of all layers of a stack, or None."""
         return None
 
+    def made(self, context: Context, given: Batch | None) -> Batch | None:
+        """What layers take, of what was set; where there is a shared module, made once in each pass of the model."""
+        return given
+
     def finish(self, parts: list[nn.Module]) -> None:
         """Once all parts of the model are made."""
 
@@ -86,7 +90,12 @@ class Part(nn.Module):
         self._name, self._context, self._family, self._index = name, context, family, number
 
     def given(self) -> Batch | None:
-        return self._context.of(self._name)
+        """What was set; of a shared module, what it made of that."""
+        batch, context = self._context.of(self._name), self._context
+        if self._name in context.shared and batch is context.set_as.get(self._name):
+            # the layer is called without its model
+            return context.integrators[self._name].made(context, batch)
+        return batch
 
     def past(self, bound: dict, seen: int = 0):
         return past_length(bound, self._family.cache, self._index, seen)
@@ -247,18 +256,9 @@ class _GatedPart(Part):
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return MediaContext.of([self], media, MediaMask()).of_layer(self)
         weights = [linear.weight for linear in self.attention.kv if hasattr(linear, "weight")]
-        key = (batch["media"], autocast, *((w, w._version) for w in weights))
-        place, kept = (self._name, self._family.stack, self._index), self._context.kept
-        if place not in kept or not _same(kept[place][0], key):
-            kept[place] = key, MediaContext.of([self], media, MediaMask()).of_layer(self)
-        return kept[place][1]
-
-
-def _same(a: tuple, b: tuple) -> bool:
-    return len(a) == len(b) and all(
-        _same(p, q) if isinstance(p, tuple) else p is q or (not isinstance(p, Tensor) and p == q)
-        for p, q in zip(a, b, strict=True)
-    )
+        key = (batch["media"], autocast, state_of(weights))
+        place = (self._name, self._family.stack, self._index)
+        return self._context.keep(place, key, lambda: MediaContext.of([self], media, MediaMask()).of_layer(self))
 
 
 class _Flamingo(_GatedPart, GatedCrossAttentionBlock):

@@ -158,9 +158,9 @@ class MemVP(Integrator):
     """MemVP's memory beside each feed-forward: h + s silu(z K_xᵀ) V_x, z what the feed-forward is given.
 
     in_features: C of the vision features; rows, hidden: modules.MemVPMemory, which all layers share; s, dropout:
-    modules.MemVPFeedForward. `set_media((B, N, C), has_image=(B,))` before each batch, and once for each backward, for
-    the shared projection runs there; text alone needs nothing and still has the memory's own rows, whose values start
-    at 0: the base model bit for bit. With an image the memory starts near 0 (0.01 of its projection), as published.
+    modules.MemVPFeedForward. `set_media((B, N, C), has_image=(B,))` before each batch; text alone needs nothing and
+    still has the memory's own rows, whose values start at 0: the base model bit for bit. With an image the memory
+    starts near 0 (0.01 of its projection), as published.
     """
 
     in_features: int
@@ -207,8 +207,11 @@ class MemVP(Integrator):
                 raise ValueError(f"has_image is of {has_image.shape[0]} samples, media of {media.shape[0]}")
             check_zero_one("has_image", has_image)
             has_image = has_image.to(media.device)
-        keys, values = context.shared_of(self.name)(media, has_image)
-        return Batch({"keys": keys, "values": values})
+        return Batch({"media": media, "has_image": has_image})
+
+    def made(self, context: Context, given: Batch | None) -> Batch:
+        values = () if given is None else (given["media"], given["has_image"])
+        return Batch(dict(zip(("keys", "values"), context.shared_of(self.name)(*values), strict=True)))
 
 
 def check_zero_one(what: str, t: Tensor) -> None:
@@ -236,7 +239,7 @@ class _Memory(Part):
 
         def change(h: Tensor) -> Tensor:
             z, batch = kept.pop(), self.given()
-            keys, values = self._context.shared_of(self._name)() if batch is None else (batch["keys"], batch["values"])
+            keys, values = batch["keys"], batch["values"]
             # OPT's feed-forward is given rows without a batch
             rows = z.view(bound["hidden_states"].shape) if z.dim() == 2 else z
             keys, values = (for_batch(t, rows.shape[0], "media").to(rows.device) for t in (keys, values))
@@ -257,9 +260,9 @@ class EpalmTokens(Integrator):
 
     Before layer `start` the sequence grows by one token, later layers replace it; logits have one more position, at
     the front, so that labels are padded with -100 there. vis_dim: of the vision layers; shared: one linear for all.
-    Published for OPT-2.7B: tokens 6, start 19, end 31. `set_media(hidden states (layers, B, T, C))` before each batch,
-    once for each backward; set_media(None), or nothing, for text alone: the base model bit for bit. For layers whose
-    positions are in the embeddings: OPT, BART's decoder. layers=: consecutive numbers, in place of start to end.
+    Published for OPT-2.7B: tokens 6, start 19, end 31. `set_media(hidden states (layers, B, T, C))` before each batch;
+    set_media(None), or nothing, for text alone: the base model bit for bit. For layers whose positions are in the
+    embeddings: OPT, BART's decoder. layers=: consecutive numbers, in place of start to end.
     """
 
     vis_dim: int
@@ -301,7 +304,20 @@ class EpalmTokens(Integrator):
     def batch(self, context: Context, media) -> Batch | None:
         if media is None:
             return None
-        tokens = context.shared_of(self.name)(media)
+        states = list(media) if isinstance(media, (list, tuple)) else media
+        if not isinstance(states, (list, Tensor)) or any(not isinstance(t, Tensor) or t.dim() != 3 for t in states):
+            raise TypeError("media holds something else than hidden states; accepted: (layers, B, T, C), or a sequence")
+        last = states[-self.tokens :]
+        if len(last) < self.tokens or any(t.shape[2] != self.vis_dim or t.shape[1] == 0 for t in last):
+            shapes = ", ".join(str(tuple(t.shape)) for t in last)
+            raise ValueError(f"media holds {shapes}; accepted: {self.tokens} or more of (B, T, {self.vis_dim})")
+        # the connector reads CLS alone
+        return Batch({f"state{j}": t[:, :1] for j, t in enumerate(last)})
+
+    def made(self, context: Context, given: Batch | None) -> Batch | None:
+        if given is None:
+            return None
+        tokens = context.shared_of(self.name)(list(given.tensors.values()))
         return Batch({f"token{j}": t for j, t in enumerate(tokens)})
 
 
