@@ -31,6 +31,12 @@ def test_swap_example():
     assert "18 modules swapped, 0 left" in run(sys.executable, "-c", code)
 
 
+def test_insert_example():
+    pytest.importorskip("transformers")
+    code = next(body for kind, body in BLOCKS if kind == "python" and "vlkernels.insert" in body)
+    assert "GatedCrossAttention into Llama: 2 modules" in run(sys.executable, "-c", code)
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m vlkernels ")])
 def test_short_commands(command):
     out = run(sys.executable, *shlex.split(command)[1:])

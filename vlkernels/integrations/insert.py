@@ -344,13 +344,12 @@ def _layers(layers, stack: Stack, integrator: Integrator) -> list[int]:
 
 def _host_problem(module: nn.Module) -> str | None:
     """Why the module cannot be given another class, or None."""
+    if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+        return "it is sharded; accepted: insert, then shard"
     if is_host(module):
         return None
-    names = {c.__name__ for c in type(module).__mro__}
     if any("vlkernels_fused" in vars(c) for c in type(module).__mro__):
         return "its class is a fused one; accepted: unswap, insert, then swap"
-    if "FSDPModule" in names:
-        return "it is sharded; accepted: insert, then shard"
     # accelerate's hook calls a bound forward, which set_class binds anew
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return "the instance carries a forward of its own, which a class cannot replace"
