@@ -303,15 +303,41 @@ def test_kernels_run():
     assert counts["media_cross_attention_fwd_kernel"]
 
 
+@pytest.mark.skipif(not meter._tl.INTERPRETED.value, reason="runs in the interpreter")
 @torch.no_grad()
-def test_swap_with_insert():
-    """Fused modules go in after insert; insert into swapped ones is refused."""
-    m = inserted("adaption_prompt", "llama")
-    vlkernels.swap(m)
+def test_swap_after_insert():
+    """LoRA on the base, blocks inserted, and both on kernels; what was swapped is in the report."""
+    peft = pytest.importorskip("peft")
+    m = peft.get_peft_model(model("llama"), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    vlkernels.insert(m, integrator("flamingo"))
+    vlkernels.insert(m, integrator("bottleneck"))
     stir(m)
-    m(IDS)
+    set_batch(m, "flamingo", "llama")
+    want = m(IDS).logits
+    report = vlkernels.swap(m)
+    assert len(report) >= 3 and not any("vlkernels_" in path for path in report.swapped)
+    with vlkernels.use_backend("triton"), meter.launches() as counts:
+        found = m(IDS).logits
+    assert counts["media_cross_attention_fwd_kernel"] and any("lora" in name for name in counts)
+    assert close(found, want)
     vlkernels.unswap(m)
     vlkernels.remove(m)
+
+
+@torch.no_grad()
+def test_peft_prefix():
+    """The rows of peft's prefix tuning are no tokens of the text: media stand where they stood."""
+    peft = pytest.importorskip("peft")
+    m = peft.get_peft_model(model("llama"), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    vlkernels.insert(m, integrator("flamingo"))
+    stir(m)
+    set_batch(m, "flamingo", "llama")
+    block, times = next(x for n, x in m.named_modules() if n.endswith("vlkernels_gated")), []
+    block.register_forward_pre_hook(lambda _, args, words: times.append(words["context"].mask.span), with_kwargs=True)
+    m(IDS)
+    m(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    # one medium from token 1 on, the second from token 4 on
+    assert all(t[0, :, 1].tolist() == [0, 1, 1, 1, 2, 2, 2] for t in times) and len(times) == 2
 
 
 @pytest.mark.parametrize("system, family", [(s, "llama") for s in ("flamingo", "llama_adapter", "memvp", "bottleneck",

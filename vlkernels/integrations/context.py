@@ -117,10 +117,13 @@ def past_length(bound: dict, cache: str, index: int, seen: int):
 
 
 def rows_of(t: Tensor, past, length: int, after: str) -> Tensor:
-    """t (B, T0, ...) at the positions past to past + length - 1; beyond T0 the last row (after "last") or zeros."""
+    """t (B, T0, ...) at the positions past to past + length - 1; beyond T0 the last row (after "last") or zeros.
+
+    A call of T0 tokens is the text that t was set for, whatever stands before it in the cache: a prefix of peft's.
+    """
     if t.shape[1] == 0:
         return t.new_zeros((t.shape[0], length, *t.shape[2:]))
-    if isinstance(past, int) and past == 0 and length == t.shape[1]:
+    if length == t.shape[1] and (length > 1 or (isinstance(past, int) and past == 0)):
         return t
     at = torch.arange(length, device=t.device) + past
     rows = t.index_select(1, at.clamp(max=t.shape[1] - 1))

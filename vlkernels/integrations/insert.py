@@ -95,8 +95,9 @@ class Inserted(Context):
         """Media of the next calls, for the integrator of that name, or for all that take media.
 
         media, by integrator. GatedCrossAttention, IdeficsCrossAttention: (B, J, n, C), with locations (B, T), True at
-        each media token of the text or, in generation, of the prompt. AdaptivePrefix(visual=True): (B, 1 or rows, D).
-        MemVP: features (B, N, C), has_image (B,) of 0 and 1. EpalmTokens: hidden states (layers, B, T, C).
+        each media token of the text or, in generation, of the prompt; a prefix of peft's before it does not count.
+        AdaptivePrefix(visual=True): (B, 1 or rows, D). MemVP: features (B, N, C), has_image (B,) of 0 and 1.
+        EpalmTokens: hidden states (layers, B, T, C).
         None: text alone. Locations on the CPU are checked against the media without waiting for a device.
 
         Raises: TypeError, ValueError, and what was set before stays.
