@@ -48,7 +48,7 @@ SYSTEMS = {
     "bottleneck": ("Adapters", dict(options=dict(reduction=4)), FAMILIES),
     "parallel": ("Adapters", dict(kind="par_bn"), ATTENTION + ("deberta",)),
     "pfeiffer": ("Adapters", dict(kind="seq_bn", options=dict(reduction_factor=4)), ("llama", "bart", "deberta")),
-    "houlsby": ("Adapters", dict(kind="double_seq_bn", options=dict(use_gating=True)), ("opt_post_norm", "gpt2")),
+    "houlsby": ("Adapters", dict(kind="double_seq_bn", options=dict(reduction_factor=4)), ("opt_post_norm", "gpt2")),
     "magma": ("Adapters", dict(kind="magma", options=dict(parallel=True), at=("attention", "ffn")), ("gptj", "opt")),
     "vl_adapter": ("Adapters", dict(kind="vl_adapter", options=dict(tasks=("a", "b"), share_down=True)), ("t5",)),
     "compacter": ("Adapters", dict(kind="compacter", options=dict(k=2), shared_rule=True), ("t5", "bart")),
@@ -118,7 +118,7 @@ def set_batch(m, system: str, family: str, seed: int = 3) -> None:
         m.vlkernels.set_media(drawn(2, 2, 3, 20), locations)
     elif kind == "VisualExpert":
         mask = torch.zeros(2, length, dtype=torch.long)
-        mask[0, 1:4] = 1
+        mask[0, 1:4] = mask[0, 5:] = 1
         m.vlkernels.set_modality(mask)
     elif kind == "MemVP":
         m.vlkernels.set_media(drawn(2, 4, 20), has_image=torch.tensor([1, 0]))

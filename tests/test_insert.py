@@ -81,6 +81,22 @@ def test_generate(system, family):
         assert torch.equal(m.generate(**beams, use_cache=True), m.generate(**beams, use_cache=False))
 
 
+@pytest.mark.parametrize("system, family", [p for p in PAIRS if p[1] in ("llama", "opt", "gpt2", "gptj", "mamba")])
+@torch.no_grad()
+def test_cached_step(system, family):
+    """The logits of one more token behind a cache are those of the whole text, which is longer than what was set."""
+    m = model(family)
+    # behind the last layer that gets a token, position 0 has seen all of the text, and a longer one differently
+    vlkernels.insert(m, integrator(system, **({"end": 3} if system == "epalm" else {})))
+    stir(m)
+    set_batch(m, system, family)
+    more = torch.tensor([[41], [42]])
+    name = "cache_params" if family == "mamba" else "past_key_values"
+    cache = getattr(m(IDS, use_cache=True), name)
+    step = m(more, use_cache=True, **{name: cache}).logits
+    assert close(step[:, -1], m(torch.cat((IDS, more), 1), use_cache=False).logits[:, -1])
+
+
 def test_media_of_beams_are_their_sample():
     """A batch with each sample twice is what beams are, and gives each sample's logits twice."""
     m = inserted("flamingo", "llama")

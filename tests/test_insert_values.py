@@ -115,12 +115,12 @@ def test_gated_block_stands_before_the_layer():
     assert not hasattr(m.model.layers[0], "vlkernels_gated") and not hasattr(m.model.layers[2], "vlkernels_gated")
 
 
-@pytest.mark.parametrize("system", ["flamingo", "idefics"])
+@pytest.mark.parametrize("system, words", [("flamingo", {}), ("idefics", {}), ("idefics", {"immediate": False})])
 @torch.no_grad()
-def test_text_alone_is_a_text_before_its_media(system):
+def test_text_alone_is_a_text_before_its_media(system, words):
     """set_media(None) gives what rows before any medium get."""
     m = model("llama")
-    vlkernels.insert(m, integrator(system))
+    vlkernels.insert(m, integrator(system, **words))
     stir(m)
     m.vlkernels.set_media(torch.randn(2, 1, 3, 20), torch.zeros(2, 7, dtype=torch.bool))
     unseen = m(IDS).logits
@@ -239,12 +239,14 @@ def test_memory_by_hand(family, ffn, out):
 
 @pytest.mark.parametrize("family", ["opt", "bart"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("end", [2, 3])
 @torch.no_grad()
-def test_epalm_by_hand(family, attention):
-    """Layer 1 gets [token | text] under a mask open in its first row and column, layer 2 another token at the front."""
+def test_epalm_by_hand(family, attention, end):
+    """Layer 1 gets [token | text] under a mask open in its first row and column; before end=3 a new token stands there.
+    Layers behind the last have that mask, too."""
     m = model(family, attention)
     path = "model.decoder.layers"
-    vlkernels.insert(m, integrator("epalm", end=3))
+    vlkernels.insert(m, integrator("epalm", end=end, tokens=end - 1))
     stir(m)
     set_batch(m, "epalm", family)
     handle = m.vlkernels
@@ -264,7 +266,8 @@ def test_epalm_by_hand(family, attention):
     x = torch.cat((tokens[0], x), 1)
     x = m.get_submodule(f"{path}.1")(x, **words)
     assert close(passed, x)
-    x = m.get_submodule(f"{path}.2")(torch.cat((tokens[1], x[:, 1:]), 1), **words)
+    x = torch.cat((tokens[1], x[:, 1:]), 1) if end == 3 else x
+    x = m.get_submodule(f"{path}.2")(x, **words)
     norm = getattr(m.model.decoder, "final_layer_norm", None)
     assert close(found, m.lm_head(x if norm is None else norm(x)) + getattr(m, "final_logits_bias", 0))
 
