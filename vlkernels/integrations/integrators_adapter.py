@@ -36,8 +36,9 @@ class Adapters(Integrator):
 
     At the start "bottleneck", "par_bn" and "lavin" are the base model bit for bit; the others start small, as upstream.
     In a post-norm block r and the norm are the block's own. The base's dropout stands before the adapter where it is a
-    module (GPT-2, GPT-J, DeBERTa-v2) and behind it elsewhere. Gates that average over the sequence (use_gating, VL-PET's
-    small) see the tokens of one call, behind a cache the new ones alone. LaVIN's modality token: modules.LaVINModality.
+    module (GPT-2, GPT-J, DeBERTa-v2) and behind it elsewhere. Gates that average over the sequence (use_gating, the
+    small one of VL-PET) see the tokens of one call, behind a cache the new ones alone. LaVIN's modality token:
+    modules.LaVINModality.
     """
 
     kind: str = "bottleneck"
