@@ -330,6 +330,23 @@ def test_adapters_stand_before_the_residual_add(family, place):
 
 
 @torch.no_grad()
+def test_hyperformer_knows_its_places():
+    """One network for a stack makes the adapter of each layer and sub-layer from their embeddings."""
+    m = model("bart")
+    vlkernels.insert(m, integrator("hyperformer"))
+    stir(m)
+    path = "model.decoder.layers.1"
+    seen = Seen(m, [f"{path}.{n}" for n in ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm")])
+    logits(m, "bart")
+    network = m.model.decoder.vlkernels_adapters
+    assert network is not m.model.encoder.vlkernels_adapters
+    for h, r, norm, block in (("self_attn", "self_attn", "self_attn_layer_norm", "attn"),
+                              ("fc2", "fc1", "final_layer_norm", "ff")):  # fmt: skip
+        want = network.branch(seen.outputs[f"{path}.{h}"], layer=1, block=block) + seen.inputs[f"{path}.{r}"]
+        assert close(seen.inputs[f"{path}.{norm}"], want)
+
+
+@torch.no_grad()
 def test_values_of_vl_pet():
     """In BART's decoder the values of the cross-attention, of the encoder's output; in its encoder both sub-layers."""
     m = model("bart")
