@@ -147,3 +147,19 @@ def stir(m) -> None:
     for path, p in m.named_parameters():
         if "vlkernels_" in path:
             torch.nn.init.normal_(p, std=0.4)
+
+
+class Seen:
+    """Inputs and outputs of a model's real modules, by path."""
+
+    def __init__(self, m, paths):
+        self.inputs, self.outputs = {}, {}
+        for path in paths:
+            m.get_submodule(path).register_forward_hook(self.hook(path), with_kwargs=True)
+
+    def hook(self, path):
+        def see(module, args, kwargs, y):
+            self.inputs[path] = args[0] if args else kwargs["hidden_states"]
+            self.outputs[path] = y[0] if isinstance(y, tuple) else y
+
+        return see
