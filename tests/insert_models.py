@@ -97,6 +97,12 @@ def integrator(system: str, **more):
     return getattr(vlkernels, name)(**(words | more))
 
 
+def inserted(system, family, **words):
+    m = model(family)
+    vlkernels.insert(m, integrator(system), **words)
+    return m
+
+
 def words_of(family: str, **more) -> dict:
     found = {"input_ids": IDS} | more
     return found | ({"decoder_input_ids": ANSWER} if family in ENCODER_DECODERS and "labels" not in found else {})

@@ -142,12 +142,16 @@ class _Prefix(Part):
 
 def check_room(cache, rows: int, what: str) -> None:
     """An error for a cache of fixed length that is shorter than so many rows."""
-    if cache is None:
-        return
+    room = _room(cache)
+    if room is not None and room < rows:
+        raise ValueError(f"{what.format(rows)} is longer than the cache, which holds {room}; accepted: a longer cache")
+
+
+def _room(cache) -> int | None:
+    """How many tokens a cache holds, None for one that grows."""
     length = getattr(cache, "get_max_length", None) or getattr(cache, "get_max_cache_shape", None)
     room = length() if length is not None else None
-    if isinstance(room, int) and 0 <= room < rows:
-        raise ValueError(f"{what.format(rows)} is longer than the cache, which holds {room}; accepted: a longer cache")
+    return room if isinstance(room, int) and room >= 0 else None
 
 
 # -- MemVP ---------------------------------------------------------------------------------------------------------
@@ -342,13 +346,26 @@ class _Token(Part):
             x, _ = self.injection(x, self.number, tokens)
         bound["hidden_states"] = x
         if mask is None and past == 0:
-            mask = torch.ones(keys - 1, keys - 1, dtype=torch.bool, device=x.device).tril()[None, None]
-        if mask is not None and mask.shape[-1] < keys:
-            # the token's row and column are open
-            value = True if mask.dtype == torch.bool else 0.0
-            mask = nn.functional.pad(mask, (1, 0, 1 if past == 0 else 0, 0), value=value)
+            # with a cache of fixed length the keys are as many as that has room for
+            room = _room(bound.get(self._family.cache))
+            mask = torch.ones(keys - 1, room or keys - 1, dtype=torch.bool, device=x.device).tril()[None, None]
+        if mask is not None:
+            mask = _opened(mask, keys, past == 0)
         bound["attention_mask"] = mask
 
 
 def _config(view: View):
     return next((getattr(m, "config", None) for m in view._host.children() if hasattr(m, "config")), None)
+
+
+def _opened(mask: Tensor, keys: int, first: bool) -> Tensor:
+    """The mask with the token's column in front, open, and in the first call its row, open to all `keys`."""
+    seen, unseen = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    # a cache of fixed length has its room behind the text
+    width = max(mask.shape[-1], keys)
+    mask = nn.functional.pad(mask, (1, 0), value=seen)[..., :width]
+    if not first:
+        return mask
+    row = torch.full((width,), unseen, dtype=mask.dtype, device=mask.device)
+    row[:keys] = seen
+    return torch.cat((row.expand(*mask.shape[:2], 1, -1), mask), 2)
