@@ -134,7 +134,9 @@ def test_a_graph_for_each_pass(system, family):
         m.zero_grad()
         logits(m, family).square().mean().backward()
         found.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
-    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # of eP-ALM's linears one is of a vision layer that no layer here takes
+    assert len(found[0]) >= sum(p.requires_grad for p in m.parameters()) - 2 * (system == "epalm")
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("system, family", [p for p in PAIRS if p[1] in ("llama", "bart") or p[0] == "flamingo"])
