@@ -282,14 +282,27 @@ def test_inside_another_model():
 
 
 @pytest.mark.skipif(not meter._tl.INTERPRETED.value, reason="runs in the interpreter")
+@pytest.mark.parametrize("system, kernel", [
+    ("flamingo", "media_cross_attention_fwd_kernel"), ("llama_adapter", "prefix_attention"),
+    ("bottleneck", "bottleneck_adapter"), ("lavin", "bottleneck_adapter"), ("mplug_owl2", "modality_linear"),
+])  # fmt: skip
 @torch.no_grad()
-def test_kernels_run():
-    m = inserted("flamingo", "llama")
-    set_batch(m, "flamingo", "llama")
+def test_kernels_run(system, kernel):
+    """On kernels, too, step 0 is the base model bit for bit; and what they compute is the reference's."""
+    m = inserted(system, "llama")
     base = model("llama")(IDS).logits
-    with vlkernels.use_backend("triton"), meter.launches() as counts:
+    if system == "mplug_owl2":
+        m.vlkernels.set_modality(torch.zeros_like(IDS))
+    else:
+        set_batch(m, system, "llama")
+    with vlkernels.use_backend("triton"):
         assert torch.equal(m(IDS).logits, base)
-    assert counts["media_cross_attention_fwd_kernel"]
+    stir(m)
+    set_batch(m, system, "llama")
+    want = m(IDS).logits
+    with vlkernels.use_backend("triton"), meter.launches() as counts:
+        found = m(IDS).logits
+    assert close(found, want) and any(name.startswith(kernel) for name in counts), list(counts)
 
 
 @pytest.mark.skipif(not meter._tl.INTERPRETED.value, reason="runs in the interpreter")

@@ -29,6 +29,9 @@ class VisualExpert(Integrator):
     the visual q, k, v, zeros (CogVLM2). `set_modality(mask (B, T))`, 1 at image tokens (CogVLM: begin and end of image
     among them); of nothing or None all tokens are text, and so are those that generation adds.
 
+    A batch of text alone (nothing set, or a mask on the CPU without image tokens) is the base model's, bit for bit;
+    text beside images is so where the linears run as PyTorch's, and to rounding in the kernel that routes tokens.
+
     CogVLM's shared positions are the caller's: model(..., position_ids=cogvlm_position_ids(mask)).
     Text tokens go through the base's own linears, whatever has become of them (a LoRA, a quantised weight).
     """
@@ -62,6 +65,8 @@ class VisualExpert(Integrator):
             raise TypeError(f"the modality mask has dtype {modality.dtype}; accepted: bool, or 0 and 1 as integers")
         check_zero_one("the modality mask", modality)
         visual = cogvlm_vision_mask(modality) if self.kind == "cogvlm" else modality
+        if visual.device.type == "cpu" and not visual.any():
+            return None
         return Batch({"index": visual.to(torch.int32)})
 
 
