@@ -271,7 +271,7 @@ def config(dims: Dims, dtype: torch.dtype, device_arch: int, loaded: torch.dtype
     if rank > 64:
         # under autocast a tile of x is there twice, before and after rounding
         twice = loaded == torch.float32
-        most = 16 if wide or twice or (rank > 128 and device_arch >= 100) else 32
+        most = 16 if wide or twice or rank > 128 else 32
         backward = tile(most, 16 if wide or rank > 128 else 32, 16 if rank > 128 else 32, 2)
     else:
         backward = tile(most, cols, cols, 2)
