@@ -52,7 +52,7 @@ test-transformers-5.17: setup
 	cp build/venv-5.17/first "$$(build/venv-5.17/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
 	build/venv-5.17/bin/python -m pip install -q transformers==5.17.0 huggingface_hub==1.33.0
 	build/venv-5.17/bin/python -c "import transformers; assert transformers.__version__ == '5.17.0', transformers.__version__"
-	build/venv-5.17/bin/python -m pytest tests/test_integrations.py tests/test_peft_behaviours.py tests/test_swap_projectors.py tests/test_swap_resamplers.py tests/test_swap_qformers.py tests/test_ladder.py -q -p no:cacheprovider $(XDIST)
+	build/venv-5.17/bin/python -m pytest tests/test_integrations.py tests/test_peft_behaviours.py tests/test_swap_*.py tests/test_insert*.py tests/test_ladder.py -q -m "not slow" -p no:cacheprovider $(XDIST)
 
 # time every op here; without a GPU a tiny smoke run into build/bench/
 bench: setup

@@ -45,7 +45,9 @@ def kosmos2():
 
     text = SimpleNamespace(embed_dim=24, attention_heads=4, attention_dropout=0.0, _attn_implementation="sdpa")
     config = SimpleNamespace(vision_config=SimpleNamespace(hidden_size=24), text_config=text, latent_query_num=5)
-    return Kosmos2ImageToTextProjection(config), (lambda model, x: model(x)[0])
+    model = Kosmos2ImageToTextProjection(config)
+    model.x_attn.is_causal = False  # True in transformers 5.17, by mistake
+    return model, (lambda model, x: model(x)[0])
 
 
 KINDS = {
@@ -209,6 +211,17 @@ def test_idefics2_connector():
 
 
 @interpreted
+def test_causal_kosmos2_stays_causal():
+    """As transformers 5.17 has it: what that version computes, with the reason in the report."""
+    model, call = made("kosmos2")
+    model.x_attn.is_causal = True
+    want = call(model, inputs())
+    vlkernels.swap(model, strict=True)
+    with vlkernels.use_backend("triton"):
+        assert torch.equal(call(model, inputs()), want)
+    assert "causal" in model.vlkernels_state()[1]
+
+
 def test_kosmos2_eager_returns_weights():
     """Upstream's eager attention returns its weights; the swapped module leaves such a call to it."""
     model, _ = made("kosmos2")

@@ -168,9 +168,7 @@ def _kosmos2_class(original: type) -> type:
         _vlkernels_kinds, _vlkernels_acts = kinds, {}
 
         def forward(self, features: Tensor):
-            values = self._vlkernels_values(features)
-            if not isinstance(values, str) and self.x_attn.config._attn_implementation == "eager":
-                values = "eager attention, which returns its weights"
+            values = self._vlkernels_stock() or self._vlkernels_values(features)
             if isinstance(values, str) or backends.choose(cross_attention, values) == "reference":
                 return super().forward(features)
             dropout = self.x_attn.dropout
@@ -187,10 +185,17 @@ def _kosmos2_class(original: type) -> type:
                 return "the attention has a norm inside"
             return super()._vlkernels_values(x)
 
-        def vlkernels_state(self) -> tuple[str, str]:
+        def _vlkernels_stock(self) -> str | None:
+            """Why the attention as it is configured is upstream's own."""
             if self.x_attn.config._attn_implementation == "eager":
-                return "stock", "eager attention, which returns its weights"
-            return super().vlkernels_state()
+                return "eager attention, which returns its weights"
+            if self.x_attn.is_causal:
+                return "this transformers has the latents' attention causal; its later versions do not"
+            return None
+
+        def vlkernels_state(self) -> tuple[str, str]:
+            reason = self._vlkernels_stock()
+            return super().vlkernels_state() if reason is None else ("stock", reason)
 
         def _vlkernels_attention(self) -> nn.Module:
             return self.x_attn
