@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and a fixed time: `make gpu`, on a machine that may have no network.
 
-    python -m benchmarks.gpu [--minutes 9.5] [--dry-run] [--skip STEP,...]
+    python -m benchmarks.gpu [--minutes 9.5] [--dry-run] [--skip STEP,...] [--tests all]
 
 Tests and sanitizers first, then ceilings, predictions and timings, the most important first; what the time does not
 suffice for is recorded as not measured. The records file is written after every figure. Results also go to the folder
@@ -28,11 +28,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 # test files in which a GPU changes nothing
-NOT_ON_GPU = ("aot", "benchmarks", "csrc", "demo", "distributed", "layout", "packaging", "readme")
+NOT_ON_GPU = (
+    "aot", "benchmarks", "csrc", "csrc_deformable", "csrc_epilogue", "csrc_scan", "demo", "distributed", "layout",
+    "module_records", "packaging", "peers", "readme", "steps", "unfused",
+)  # fmt: skip
+# with these every kernel has run; the other files take a call of their own: --tests all --skip ops,questions,...
+FIRST = ("ops", "large", "lora_linear", "csrc_update", "csrc_two_source")
 MARKERS = "not slow and not aot and not interpreter"
 SANITIZERS = ("memcheck", "racecheck")
 REPORT_SECONDS = 30  # kept for what follows the last measurement
-PEERS = ("unsloth", "lorafusion")
+PEERS = ("unsloth", "lorafusion", "mamba_ssm", "mmcv")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,11 @@ class Step:
 
 PLAN = (
     Step("build", 150, "use build/gpu/_ops.so, else compile it with nvcc; without either, Triton alone"),
-    Step("tests", 180, f'pytest -m "{MARKERS}", CUBLAS_WORKSPACE_CONFIG set, in 4 processes where xdist is installed'),
+    Step(
+        "tests",
+        180,
+        f'pytest -m "{MARKERS}" of {", ".join(FIRST)}, CUBLAS_WORKSPACE_CONFIG set, in 4 processes with xdist',
+    ),
     Step(
         "sanitizer",
         60,
@@ -56,7 +65,7 @@ PLAN = (
     Step("ceilings", 20, "a copy of 4 GiB, 8192^3 products in bf16 and fp32"),
     Step("questions", 60, "predictions against measurements"),
     Step("ops", 0, "every provider on every bench case, correctness first"),
-    Step("peers", 60, f"{' and '.join(PEERS)}, where PYTHONPATH holds them, in a process of their own"),
+    Step("peers", 60, f"{', '.join(PEERS)}, where PYTHONPATH holds them, in a process of their own"),
     Step("report", REPORT_SECONDS, "tables, plots, README"),
 )
 
@@ -108,10 +117,17 @@ def log_of(name: str) -> Path:
     return ROOT / "build" / "gpu_logs" / f"{name}.txt"
 
 
-def tests(seconds: float) -> dict:
+def test_files(everything: bool) -> list[str]:
+    """The files of FIRST, and then, if wanted, all others on which a GPU has a say."""
+    first = [f"tests/test_{name}.py" for name in FIRST]
+    left_out = {f"tests/test_{name}.py" for name in NOT_ON_GPU} | set(first)
+    others = sorted(f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py"))
+    return first + [name for name in others if everything and name not in left_out]
+
+
+def tests(seconds: float, everything: bool) -> dict:
     """Outcome of the GPU tests."""
-    left_out = {f"test_{name}.py" for name in NOT_ON_GPU}
-    files = [f"tests/{p.name}" for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in left_out]
+    files = test_files(everything)
     report = log_of("tests").with_suffix(".xml")
     report.unlink(missing_ok=True)
     command = [
@@ -129,7 +145,7 @@ def tests(seconds: float) -> dict:
     if importlib.util.find_spec("pytest") is None:
         return {"outcome": "not run", "detail": "pytest is not installed"}
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "4", "--dist", "worksteal"]
+        command += ["-n", "4", "--dist", "load"]  # in order, as far as the time suffices
     else:
         say("tests: pytest-xdist is not installed: one process")
     # the workspace makes cuBLAS deterministic and slower: for tests, never for timings
@@ -173,17 +189,19 @@ def sanitizers(seconds_each: float, deadline: float) -> dict[str, dict]:
     return found
 
 
-def checks(plan: dict[str, Step], skip: set[str]) -> dict[str, dict]:
+def checks(plan: dict[str, Step], skip: set[str], everything: bool = False) -> dict[str, dict]:
     """Tests, and sanitizers beside them: neither is timed."""
     found: dict[str, dict] = {}
-    deadline = time.monotonic() + plan["tests"].seconds
+    # all files take what the skipped steps leave
+    seconds = 420 if everything else plan["tests"].seconds
+    deadline = time.monotonic() + seconds
     worker = None
     if "sanitizer" not in skip:
         worker = threading.Thread(target=lambda: found.update(sanitizers(plan["sanitizer"].seconds, deadline)))
         worker.start()
     if "tests" not in skip:
         say("tests and sanitizers")
-        found["tests"] = tests(plan["tests"].seconds)
+        found["tests"] = tests(seconds, everything)
     if worker:
         worker.join()
     return found
@@ -314,6 +332,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     parser.add_argument("--skip", default="", help="steps to leave out, comma separated")
+    parser.add_argument(
+        "--tests",
+        choices=("ops", "all"),
+        default="ops",
+        help="those that run every kernel, or all, for 7 minutes",
+    )
     options = parser.parse_args(argv)
     plan = {step.name: step for step in PLAN}
     skip = set(filter(None, options.skip.split(",")))
@@ -333,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
     if "build" not in skip:
         build(plan["build"].seconds)
-    found = checks(plan, skip)
+    found = checks(plan, skip, options.tests == "all")
     for name, outcome in found.items():
         say(f"{name}: {outcome['outcome']} {outcome['detail']}")
         for test in outcome.get("failed", [])[:20]:

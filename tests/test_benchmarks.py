@@ -310,6 +310,15 @@ def test_gpu_dry_run():
     assert torch.cuda.is_available() or "no GPU here" in result.stdout
 
 
+def test_gpu_test_files():
+    """Every file that may have a say on a GPU, those that run all kernels first."""
+    few, every = gpu.test_files(False), gpu.test_files(True)
+    assert every[: len(few)] == few and "tests/test_ops.py" in few and len(set(every)) == len(every)
+    assert all((gpu.ROOT / name).exists() for name in every)
+    left = {p.name for p in (gpu.ROOT / "tests").glob("test_*.py")} - {Path(name).name for name in every}
+    assert left == {f"test_{name}.py" for name in gpu.NOT_ON_GPU}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("arguments", [("benchmarks.gpu",), ("benchmarks.tune", "--op", "lora_linear")])
 def test_no_gpu(arguments):
