@@ -118,6 +118,33 @@ def bottleneck_adapter_bias(
 
 
 @triton.jit
+def bottleneck_adapter_ended(
+    b, level, x_ptr, base_ptr, residual_ptr, gate_ptr, offs_t, offs_n, mask, mask_n, stride_x, stride_base,
+    stride_residual, stride_gate, scale, GATE: tl.constexpr, SIGMOID: tl.constexpr, SKIP: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """scale G b + x + base + residual of one tile; level: a gate of rows (BLOCK_T), ones without"""
+    if SKIP != "none":
+        x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_n[None, :], mask, 0.0).to(tl.float32)
+    if SKIP == "gated":
+        b += x
+    if GATE == "element":
+        b *= bottleneck_adapter_level(gate_ptr, offs_t[:, None] * stride_gate + offs_n[None, :], mask, SIGMOID)
+    elif GATE == "channel":
+        b *= bottleneck_adapter_level(gate_ptr, offs_n, mask_n, SIGMOID)[None, :]
+    elif GATE == "row":
+        b *= level[:, None]
+    b *= scale
+    if SKIP == "add":
+        b += x
+    if HAS_BASE:
+        b += tl.load(base_ptr + offs_t[:, None] * stride_base + offs_n[None, :], mask, 0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        b += tl.load(residual_ptr + offs_t[:, None] * stride_residual + offs_n[None, :], mask, 0.0).to(tl.float32)
+    return b
+
+
+@triton.jit
 def bottleneck_adapter_fwd_kernel(
     x_ptr, down_ptr, up_ptr, down_bias_ptr, up_bias_ptr, norm_weight_ptr, norm_bias_ptr, base_ptr, residual_ptr,
     gate_ptr, route_ptr, seed_ptr, y_ptr, T, D, N, R, E, per_gate, per_sample, stride_x, stride_dr, stride_dd,
@@ -171,23 +198,10 @@ def bottleneck_adapter_fwd_kernel(
             b += bottleneck_adapter_bias(
                 up_bias_ptr, route_ptr, sample, offs_n, mask_t, mask_n, N, E, stride_ub, ROUTED, BLOCK_T, BLOCK_N
             )
-        if SKIP != "none":
-            x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_n[None, :], mask, 0.0).to(tl.float32)
-        if SKIP == "gated":
-            b += x
-        if GATE == "element":
-            b *= bottleneck_adapter_level(gate_ptr, offs_t[:, None] * stride_gate + offs_n[None, :], mask, SIGMOID)
-        elif GATE == "channel":
-            b *= bottleneck_adapter_level(gate_ptr, offs_n, mask_n, SIGMOID)[None, :]
-        elif GATE == "row":
-            b *= level[:, None]
-        b *= scale
-        if SKIP == "add":
-            b += x
-        if HAS_BASE:
-            b += tl.load(base_ptr + offs_t[:, None] * stride_base + offs_n[None, :], mask, 0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            b += tl.load(residual_ptr + offs_t[:, None] * stride_residual + offs_n[None, :], mask, 0.0).to(tl.float32)
+        b = bottleneck_adapter_ended(
+            b, level, x_ptr, base_ptr, residual_ptr, gate_ptr, offs_t, offs_n, mask, mask_n, stride_x, stride_base,
+            stride_residual, stride_gate, scale, GATE, SIGMOID, SKIP, HAS_BASE, HAS_RESIDUAL,
+        )  # fmt: skip
         tl.store(y_ptr + offs_t[:, None] * N + offs_n[None, :], _tl.cast(b, y_ptr.dtype.element_ty), mask)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _norm, _tl
 from .._dropout import keep_factor, threshold
 from . import weights
-from .kernels import bottleneck_adapter_bias, bottleneck_adapter_level
+from .kernels import bottleneck_adapter_bias, bottleneck_adapter_ended, bottleneck_adapter_level
 
 ROWS, COLS = 16, 128  # a tile of the passes; not timed on a GPU yet
 
@@ -280,23 +280,13 @@ def bottleneck_adapter_sum_kernel(
             up_bias_ptr, route_ptr, offs_t // per_sample, offs_n, mask_t, mask_n, N, E, stride_ub, ROUTED, BLOCK_T,
             BLOCK_C,
         )  # fmt: skip
-    if SKIP != "none":
-        x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_n[None, :], mask, 0.0).to(tl.float32)
-    if SKIP == "gated":
-        b += x
-    if GATE == "element":
-        b *= bottleneck_adapter_level(gate_ptr, offs_t[:, None] * stride_gate + offs_n[None, :], mask, SIGMOID)
-    elif GATE == "channel":
-        b *= bottleneck_adapter_level(gate_ptr, offs_n, mask_n, SIGMOID)[None, :]
-    elif GATE == "row":
-        b *= bottleneck_adapter_level(gate_ptr, offs_t // per_gate, mask_t, SIGMOID)[:, None]
-    b *= scale
-    if SKIP == "add":
-        b += x
-    if HAS_BASE:
-        b += tl.load(base_ptr + offs_t[:, None] * stride_base + offs_n[None, :], mask, 0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        b += tl.load(residual_ptr + offs_t[:, None] * stride_residual + offs_n[None, :], mask, 0.0).to(tl.float32)
+    level = tl.full((BLOCK_T,), 1.0, tl.float32)
+    if GATE == "row":
+        level = bottleneck_adapter_level(gate_ptr, offs_t // per_gate, mask_t, SIGMOID)
+    b = bottleneck_adapter_ended(
+        b, level, x_ptr, base_ptr, residual_ptr, gate_ptr, offs_t, offs_n, mask, mask_n, stride_x, stride_base,
+        stride_residual, stride_gate, scale, GATE, SIGMOID, SKIP, HAS_BASE, HAS_RESIDUAL,
+    )  # fmt: skip
     tl.store(y_ptr + offs_t[:, None] * N + offs_n[None, :], _tl.cast(b, y_ptr.dtype.element_ty), mask)
 
 
