@@ -30,7 +30,7 @@ def test_both_versions_are_the_same_model(name, on_the_reference):
         assert (gradients[0] - gradients[1]).norm() <= 0.1 * gradients[0].norm()
 
 
-def test_records_and_table(tmp_path, on_the_reference, monkeypatch):
+def test_records_and_table(tmp_path, on_the_reference):
     path = tmp_path / "steps.json"
     assert steps.main(["--only", "flamingo", "--shrink", "64", "--minutes", "0.001", "--json", str(path)]) == 0
     content = json.loads(path.read_text())
@@ -42,7 +42,7 @@ def test_records_and_table(tmp_path, on_the_reference, monkeypatch):
     assert tables.step_lines(tmp_path / "none") == [tables.NOT_MEASURED]
 
 
-def test_running_out_of_memory_is_recorded(tmp_path, monkeypatch):
+def test_running_out_of_memory_is_recorded(monkeypatch):
     """And the next step is measured all the same."""
 
     def full(*args):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ._rows import below, both, renamed, same
 from .adapter_keys import ADAPTER_MAPS
 from .gated_keys import GATED_MAPS
 from .ladder_keys import LADDER_MAPS
@@ -54,52 +55,34 @@ _LORA_SAVED = (
 _PROJECTION = (*_LORA, ("weight", "weight"), ("bias", "bias"))
 
 
-def _below(prefix: str, rows: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((prefix + their, prefix + our) for their, our in rows)
-
-
-def _both(*names: str) -> tuple[tuple[str, str], ...]:
-    """`weight` and `bias` of modules that both call alike."""
-    return tuple((f"{name}.{p}", f"{name}.{p}") for name in names for p in ("weight", "bias"))
-
-
-def _layers(**names: str) -> tuple[tuple[str, str], ...]:
-    """`weight` and `bias` of modules: ours=upstream's."""
-    return tuple((f"{their}.{p}", f"{our}.{p}") for our, their in names.items() for p in ("weight", "bias"))
-
-
 _LLAVA = (
     ("weight", "weight"),
     ("bias", "bias"),
-    *_both("{i}", "{i}.pre_norm", "{i}.proj.0", "{i}.proj.2"),
+    *both("{i}", "{i}.pre_norm", "{i}.proj.0", "{i}.proj.2"),
 )
-
-
-def _same(*names: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, name) for name in names)
 
 
 _SS2D = (
-    *_same("in_proj.weight", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds", "out_proj.weight"),
-    *_both("conv2d", "out_norm"),
+    *same("in_proj.weight", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds", "out_proj.weight"),
+    *both("conv2d", "out_norm"),
 )
 # our resamplers have upstream's names
 _FLAMINGO = (
-    *_same("latents", "frame_embs", "media_time_embs", "media_pos_emb"),
-    *_both("layers.{l}.0.{part}", "layers.{l}.1.{part}", "norm"),
+    *same("latents", "frame_embs", "media_time_embs", "media_pos_emb"),
+    *both("layers.{l}.0.{part}", "layers.{l}.1.{part}", "norm"),
 )
 _IDEFICS2 = (
-    *_same("latents", "norm.weight", "layers.{l}.{part}.weight"),
-    *_same("layers.{l}.self_attn.{part}.weight", "layers.{l}.mlp.{part}.weight"),
+    *same("latents", "norm.weight", "layers.{l}.{part}.weight"),
+    *same("layers.{l}.self_attn.{part}.weight", "layers.{l}.mlp.{part}.weight"),
 )
 
 # so do our convolutional abstractors
 _HONEYBEE_C = (
-    *_same("pos_emb", "eos_tokens", "net.{stage}.{block}.{conv}.conv.weight"),
-    *_both("prenorm", "readout.{i}", "net.{stage}.{block}.{conv}.bn", "net.{stage}.{block}.se.{fc}"),
+    *same("pos_emb", "eos_tokens", "net.{stage}.{block}.{conv}.conv.weight"),
+    *both("prenorm", "readout.{i}", "net.{stage}.{block}.{conv}.bn", "net.{stage}.{block}.se.{fc}"),
 )
 _LDP = (
-    *_both("model.mlp.{i}", "model.mb_block.{k}.block.{i}.1", "model.mb_block.{k}.block.1.{fc}"),
+    *both("model.mlp.{i}", "model.mb_block.{k}.block.{i}.1", "model.mb_block.{k}.block.1.{fc}"),
     ("model.mb_block.{k}.block.{i}.0.weight", "model.mb_block.{k}.block.{i}.0.weight"),
 )
 
@@ -112,29 +95,29 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "qlora.linear": _QLORA,
     "dora.embedding": (*_LORA_EMBEDDING, _MAGNITUDE),
     "lora.embedding": _LORA_EMBEDDING,  # our weight keeps the embedding's (V, D) layout
-    "lora.mlp": _below("{layer}.", _PROJECTION),  # transformers models/llama/modeling_llama.py with peft's layers
-    "lora.attention": _below("{layer}.", _PROJECTION),
+    "lora.mlp": below(_PROJECTION, "{layer}."),  # transformers models/llama/modeling_llama.py with peft's layers
+    "lora.attention": below(_PROJECTION, "{layer}."),
     "lora.llama_layer": (
-        *_below("{block}.{layer}.", _PROJECTION),
+        *below(_PROJECTION, "{block}.{layer}."),
         ("input_layernorm.weight", "input_layernorm.weight"),
         ("post_attention_layernorm.weight", "post_attention_layernorm.weight"),
     ),
     "dense.llava_projector": _LLAVA,  # below model.mm_projector.
     "dense.llava_next_mlp_res": _LLAVA,
-    "dense.llava_next_pooler": _both("conv_pool") + _layers(proj="proj.1"),
-    "dense.hf_llava": _both("linear_1", "linear_2"),  # below multi_modal_projector.
-    "dense.internvl_pixel_shuffle_mlp": _layers(layer_norm="mlp1.0", linear_1="mlp1.1", linear_2="mlp1.3"),
+    "dense.llava_next_pooler": both("conv_pool") + renamed(proj="proj.1"),
+    "dense.hf_llava": both("linear_1", "linear_2"),  # below multi_modal_projector.
+    "dense.internvl_pixel_shuffle_mlp": renamed(layer_norm="mlp1.0", linear_1="mlp1.1", linear_2="mlp1.3"),
     "dense.cogvlm_glu": (
-        *_both("linear_proj", "norm1", "gate_proj", "dense_h_to_4h", "dense_4h_to_h"),
+        *both("linear_proj", "norm1", "gate_proj", "dense_h_to_4h", "dense_4h_to_h"),
         ("boi", "boi"),
         ("eoi", "eoi"),
     ),
-    "dense.lavin_adapter_mlp": _layers(linear_1="conv_A", linear_2="conv_B"),
-    "dense.memvp_projector": _layers(linear_1="fc1", linear_2="fc2"),
-    "dense.image_prefix": _both("proj", "ln"),
-    "dense.fromage": _both("visual_embeddings", "visual_fc"),
-    "dense.epalm_connector": _both("connector.{i}"),
-    "dense.vl_adapter_visual_embedding": _both(
+    "dense.lavin_adapter_mlp": renamed(linear_1="conv_A", linear_2="conv_B"),
+    "dense.memvp_projector": renamed(linear_1="fc1", linear_2="fc2"),
+    "dense.image_prefix": both("proj", "ln"),
+    "dense.fromage": both("visual_embeddings", "visual_fc"),
+    "dense.epalm_connector": both("connector.{i}"),
+    "dense.vl_adapter_visual_embedding": both(
         "feat_embedding.{i}",
         "absolute_vis_pos_embedding.{i}",
         "img_order_embedding",
@@ -145,18 +128,18 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     **MAPPER_MAPS,
     "abstractor.honeybee_c": _HONEYBEE_C,  # below abstractor.
     "projector.mobilevlm_ldp": _LDP,  # below model.mm_projector.
-    "projector.mobilevlm_ldpv2": _both("mlp.mlp.{i}", "peg.peg.{i}"),
+    "projector.mobilevlm_ldpv2": both("mlp.mlp.{i}", "peg.peg.{i}"),
     **ADAPTER_MAPS,
     **GATED_MAPS,
     **LADDER_MAPS,
     **PREFIX_MAPS,
     "resampler.openflamingo": _FLAMINGO,  # below perceiver.
     "resampler.lucidrains": _FLAMINGO,
-    "resampler.llava_next_perceiver": _below("perceiver.", _FLAMINGO),
-    "resampler.idefics": (("latents", "latents"), *_both("blocks.{l}.{block}.{part}", "layer_norm")),
+    "resampler.llava_next_perceiver": below(_FLAMINGO, "perceiver."),
+    "resampler.idefics": (("latents", "latents"), *both("blocks.{l}.{block}.{part}", "layer_norm")),
     "resampler.idefics2": (
         ("modality_projection.{part}.weight", "modality_projection.{part}.weight"),
-        *_below("perceiver_resampler.", _IDEFICS2),
+        *below(_IDEFICS2, "perceiver_resampler."),
     ),
     "expert.cogvlm": (
         *(
@@ -177,13 +160,13 @@ KEY_MAPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "op.selective_scan": (),
     "op.mamba_layer": (  # transformers models/mamba/modeling_mamba.py, below mixer.
-        *_both("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"),
-        *_same("A_log", "D"),
+        *both("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"),
+        *same("A_log", "D"),
     ),
     "ss2d.vmamba": _SS2D,  # MzeroMiko/VMamba classification/models/vmamba.py, below op.
-    "connector.vl_mamba_l2": (*_both("in_proj", "norm", "out_proj"), *_below("vss.", _SS2D)),
-    "connector.vl_mamba_mlp": (*_both("norm", "mlp.{i}"), *_below("vss.", _SS2D)),
-    "resampler.kosmos2": (("latent_query", "latent_query"), *_both("dense", "x_attn.{part}")),
+    "connector.vl_mamba_l2": (*both("in_proj", "norm", "out_proj"), *below(_SS2D, "vss.")),
+    "connector.vl_mamba_mlp": (*both("norm", "mlp.{i}"), *below(_SS2D, "vss.")),
+    "resampler.kosmos2": (("latent_query", "latent_query"), *both("dense", "x_attn.{part}")),
 }
 
 

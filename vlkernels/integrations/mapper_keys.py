@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-Rows = tuple[tuple[str, str], ...]
-
-
-def _renamed(**names: str) -> Rows:
-    """`weight` and `bias` of modules: ours=upstream's."""
-    return tuple((f"{their}.{p}", f"{our}.{p}") for our, their in names.items() for p in ("weight", "bias"))
+from ._rows import Rows, renamed
 
 
 def _below(rows: Rows, upstream: str, ours: str = "") -> Rows:
@@ -17,31 +12,31 @@ def _below(rows: Rows, upstream: str, ours: str = "") -> Rows:
 _NORMS = ("ln_q", "ln_kv")
 _ATTN_POOL: Rows = (
     *((name, name) for name in ("query", "pos_embed", "kv_proj.weight", "attn.in_proj_weight", "attn.in_proj_bias")),
-    *_renamed(**{name: name for name in _NORMS}),
-    *_below(_renamed(out_proj="out_proj"), "attn.", "attn."),
+    *renamed(**{name: name for name in _NORMS}),
+    *_below(renamed(out_proj="out_proj"), "attn.", "attn."),
 )
-_POST: Rows = (*_renamed(ln_post="ln_post"), ("proj", "proj"))
+_POST: Rows = (*renamed(ln_post="ln_post"), ("proj", "proj"))
 
 # timm's ViT block
-_VIT_BLOCK = _renamed(norm1="norm1", norm2="norm2", qkv="attn.qkv", proj="attn.proj", fc1="mlp.fc1", fc2="mlp.fc2")
+_VIT_BLOCK = renamed(norm1="norm1", norm2="norm2", qkv="attn.qkv", proj="attn.proj", fc1="mlp.fc1", fc2="mlp.fc2")
 _CLIPCAP_LAYER: Rows = (
-    *_renamed(norm1="norm1", norm2="norm2", proj="attn.project", fc1="mlp.fc1", fc2="mlp.fc2"),
+    *renamed(norm1="norm1", norm2="norm2", proj="attn.project", fc1="mlp.fc1", fc2="mlp.fc2"),
     ("attn.to_queries.weight", "to_queries.weight"),
     ("attn.to_keys_values.weight", "to_keys_values.weight"),
 )
 # nn.TransformerEncoderLayer
 _ENCODER_LAYER: Rows = (
-    *_renamed(norm1="norm1", norm2="norm2", proj="self_attn.out_proj", fc1="linear1", fc2="linear2"),
+    *renamed(norm1="norm1", norm2="norm2", proj="self_attn.out_proj", fc1="linear1", fc2="linear2"),
     ("self_attn.in_proj_weight", "qkv.weight"),
     ("self_attn.in_proj_bias", "qkv.bias"),
 )
 
 _ATTENTION, _OUTPUT = "crossattention.attention.", "crossattention.output."
 _OWL_LAYER: Rows = (
-    *_renamed(norm1="crossattention.norm1", normk="crossattention.normk"),
-    *_below(_renamed(query="query", key="key", value="value"), _ATTENTION),
-    *_below(_renamed(out_proj="out_proj", norm2="norm2"), _OUTPUT),
-    *_below(_renamed(w1="w1", w2="w2", w3="w3", ffn_ln="ffn_ln"), f"{_OUTPUT}mlp."),
+    *renamed(norm1="crossattention.norm1", normk="crossattention.normk"),
+    *_below(renamed(query="query", key="key", value="value"), _ATTENTION),
+    *_below(renamed(out_proj="out_proj", norm2="norm2"), _OUTPUT),
+    *_below(renamed(w1="w1", w2="w2", w3="w3", ffn_ln="ffn_ln"), f"{_OUTPUT}mlp."),
 )
 _POSITIONS: Rows = tuple((f"{_ATTENTION}{name}", name) for name in ("q_pos_embed", "k_pos_embed"))
 
@@ -49,7 +44,7 @@ _POSITIONS: Rows = tuple((f"{_ATTENTION}{name}", name) for name in ("q_pos_embed
 def _owl(queries: str, fc: str, below: str = "", positions: Rows = ()) -> Rows:
     inside = (
         *_below((*_OWL_LAYER, *positions), "encoder.layers.{l}.", "layers.{l}."),
-        *_renamed(visual_fc=fc),
+        *renamed(visual_fc=fc),
         ("vit_eos", "vit_eos"),
     )
     return ((queries, "query_tokens"), *_below(inside, below))
@@ -58,8 +53,8 @@ def _owl(queries: str, fc: str, below: str = "", positions: Rows = ()) -> Rows:
 _DECODER_LINEARS = ("{part}", "self_attn.{part}", "encoder_attn.{part}")
 _D_ABSTRACTOR: Rows = (
     *((n, n) for n in ("reference_points", "v_pos_emb", "eos_tokens", "query_position_embeddings.weight")),
-    *_renamed(**{n: n for n in ("input_proj.{i}", "output_proj")}),
-    *_below(_renamed(**{n: n for n in _DECODER_LINEARS}), "layers.{l}.", "layers.{l}."),
+    *renamed(**{n: n for n in ("input_proj.{i}", "output_proj")}),
+    *_below(renamed(**{n: n for n in _DECODER_LINEARS}), "layers.{l}.", "layers.{l}."),
 )
 
 MAPPER_MAPS: dict[str, Rows] = {
@@ -67,15 +62,15 @@ MAPPER_MAPS: dict[str, Rows] = {
     "resampler.omnilmm": (*_ATTN_POOL, *_POST),
     "resampler.minicpmv26": (*_ATTN_POOL, *_POST),  # below resampler.
     "resampler.llama_adapter_v2": (
-        *_renamed(**{n: n for n in ("clip_proj", "clip_proj_norm", "visual_proj", "visual_proj_norm")}),
+        *renamed(**{n: n for n in ("clip_proj", "clip_proj_norm", "visual_proj", "visual_proj_norm")}),
         ("visual_query.weight", "visual_query.weight"),
         *_below(_VIT_BLOCK, "visual_blocks.{l}.", "visual_blocks.{l}."),
     ),
-    "mapper.clipcap_mlp": _below(_renamed(**{"model.{i}": "model.{i}"}), "clip_project."),
-    "mapper.esper_mlp": _below(_renamed(**{"model.{i}": "model.{i}"}), "clip_project."),
+    "mapper.clipcap_mlp": _below(renamed(**{"model.{i}": "model.{i}"}), "clip_project."),
+    "mapper.esper_mlp": _below(renamed(**{"model.{i}": "model.{i}"}), "clip_project."),
     "mapper.clipcap_transformer": _below(
         (
-            *_renamed(linear="linear"),
+            *renamed(linear="linear"),
             ("prefix_const", "prefix_const"),
             *_below(_CLIPCAP_LAYER, "transformer.layers.{l}.", "layers.{l}."),
         ),
@@ -83,7 +78,7 @@ MAPPER_MAPS: dict[str, Rows] = {
     ),
     "mapper.mapl": (
         ("const", "const"),
-        *_renamed(down="down", up="up"),
+        *renamed(down="down", up="up"),
         *_below(_ENCODER_LAYER, "transformer.layers.{l}.", "layers.{l}."),
     ),
     "mapper.meta_mapper": (("mapper_net.vars.{i}", "vars.{i}"),),
@@ -91,7 +86,7 @@ MAPPER_MAPS: dict[str, Rows] = {
     "abstractor.mplug_owl2": _owl("query_embeds", "visual_fc", positions=_POSITIONS),  # below model.visual_abstractor.
     "abstractor.honeybee_resampler": (  # below abstractor.
         *_owl("query_tokens", "visual_output_fc"),
-        *_renamed(visual_input_fc="visual_input_fc"),
+        *renamed(visual_input_fc="visual_input_fc"),
         ("pos_emb", "pos_emb"),
     ),
     "abstractor.honeybee_d": _D_ABSTRACTOR,  # below abstractor.; ours are upstream's

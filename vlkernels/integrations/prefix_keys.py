@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-Rows = tuple[tuple[str, str], ...]
-
-
-def _same(*names: str) -> Rows:
-    return tuple((name, name) for name in names)
-
-
-def _both(*names: str) -> Rows:
-    """`weight` and `bias`."""
-    return _same(*(f"{name}.{p}" for name in names for p in ("weight", "bias")))
-
-
-def _below(rows: Rows, prefix: str) -> Rows:
-    return tuple((prefix + their, prefix + our) for their, our in rows)
-
+from ._rows import Rows, below, both, same
 
 # OpenGVLab/LLaMA-Adapter llama/llama.py, class TransformerBlock; our modules have upstream's names
 _BLOCK: Rows = (
-    *_both("attention.{linear}", "feed_forward.{linear}"),
-    *_same("attention.{parameter}", "feed_forward.{parameter}", "attention_norm.weight", "ffn_norm.weight"),
+    *both("attention.{linear}", "feed_forward.{linear}"),
+    *same("attention.{parameter}", "feed_forward.{parameter}", "attention_norm.weight", "ffn_norm.weight"),
 )
 _VIT: Rows = tuple(
     (f"visual_blocks.{{l}}.{their}.{p}", f"visual_blocks.{{l}}.{our}.{p}")
@@ -41,24 +27,24 @@ _PEFT_LLAMA: Rows = (
     ("base_model.model.layers.{l}.{norm}.weight", "base_model.layers.{l}.{norm}.weight"),
     ("base_model.model.layers.{l}.{block}.{linear}.weight", "base_model.layers.{l}.{block}.{linear}.weight"),
 )
-_PROMPT_ENCODER: Rows = (*_same("embedding.weight"), *_both("transform.{i}"))
+_PROMPT_ENCODER: Rows = (*same("embedding.weight"), *both("transform.{i}"))
 _OPT = "model_text.model.decoder."
 
 PREFIX_MAPS: dict[str, Rows] = {
     "prefix.llama_adapter_v1": (
-        *_same("adapter_query.weight", "norm.weight", "output.weight", "tok_embeddings.weight"),
-        *_below(_BLOCK, "layers.{l}."),
+        *same("adapter_query.weight", "norm.weight", "output.weight", "tok_embeddings.weight"),
+        *below(_BLOCK, "layers.{l}."),
     ),
     "prefix.llama_adapter_v2": _BLOCK,
     "prefix.llama_adapter_v2_scale_bias": _BLOCK,
     "prefix.llama_adapter_v2_visual_query": (
-        *_both("clip_proj", "clip_proj_norm", "visual_proj", "visual_proj_norm"),
-        *_same("visual_query.weight", "adapter_query.weight"),
+        *both("clip_proj", "clip_proj_norm", "visual_proj", "visual_proj_norm"),
+        *same("visual_query.weight", "adapter_query.weight"),
         *_VIT,
     ),
     "prefix.adaption_prompt": (
-        *_same("adaption_prompt", "adaption_gate"),
-        *_both("model.{linear}"),
+        *same("adaption_prompt", "adaption_gate"),
+        *both("model.{linear}"),
     ),
     "prompt.encoder": _PROMPT_ENCODER,  # peft, below prompt_encoder.<adapter>.
     "prompt.prefix": (
@@ -67,25 +53,25 @@ PREFIX_MAPS: dict[str, Rows] = {
     ),
     "prompt.soft": (("prompt_encoder.default.embedding.weight", "prompt_encoder.embedding.weight"), *_PEFT_LLAMA),
     "prompt.vpt": (
-        *_same("prompt_embeddings", "deep_prompt_embeddings", "embeddings.{name}"),
-        *_both("prompt_proj", "embeddings.patch_embeddings", "encoder.encoder_norm"),
-        *_both("encoder.layer.{l}.{norm}", "encoder.layer.{l}.{block}.{linear}"),
+        *same("prompt_embeddings", "deep_prompt_embeddings", "embeddings.{name}"),
+        *both("prompt_proj", "embeddings.patch_embeddings", "encoder.encoder_norm"),
+        *both("encoder.layer.{l}.{norm}", "encoder.layer.{l}.{block}.{linear}"),
     ),
     "prompt.epalm_soft": (
         ("prefix_embedding.{i}.weight", "prefix_embedding.{i}.weight"),
-        *_both("prefix_embedding.{i}"),
+        *both("prefix_embedding.{i}"),
     ),
     "prompt.epalm": (
-        *_both("connector.{i}"),
+        *both("connector.{i}"),
         ("prompt_embedding.weight", "prompt.prefix_embedding.0.weight"),
         ("model_text.lm_head.weight", _OPT + "embed_tokens.weight"),
-        *_same(_OPT + "embed_tokens.weight", _OPT + "embed_positions.weight"),
-        *_both(_OPT + "final_layer_norm", _OPT + "layers.{l}.{name}", _OPT + "layers.{l}.self_attn.{linear}"),
+        *same(_OPT + "embed_tokens.weight", _OPT + "embed_positions.weight"),
+        *both(_OPT + "final_layer_norm", _OPT + "layers.{l}.{name}", _OPT + "layers.{l}.self_attn.{linear}"),
     ),
     "memory.memvp": (
-        *_same("adapter_emb1", "adapter_emb2"),
+        *same("adapter_emb1", "adapter_emb2"),
         *((f"adapter_proj.fc{i}.{p}", f"adapter_proj.linear_{i}.{p}") for i in (1, 2) for p in ("weight", "bias")),
-        *_below(_BLOCK, "layers.{l}."),
+        *below(_BLOCK, "layers.{l}."),
     ),
-    "memory.memvp_clip": _same("fc1.weight", "fc2.weight"),
+    "memory.memvp_clip": same("fc1.weight", "fc2.weight"),
 }

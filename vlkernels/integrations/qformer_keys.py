@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-Rows = tuple[tuple[str, str], ...]
+from ._rows import Rows, renamed
 
 
 def _under(their: str, our: str, rows: Rows) -> Rows:
     """Rows below two prefixes; an empty target drops the key."""
     return tuple((their + a, our + b if b else "") for a, b in rows)
-
-
-def _renamed(**names: str) -> Rows:
-    """`weight` and `bias` of modules: ours=upstream's."""
-    return tuple((f"{their}.{p}", f"{our}.{p}") for our, their in names.items() for p in ("weight", "bias"))
 
 
 _TABLES: Rows = (
@@ -28,7 +23,7 @@ _ATTENTION = "encoder.layer.{l}.{attention}.attention.{part}.{p}"
 _LAVIS: Rows = (
     *_FFN,
     *_TABLES,
-    *_renamed(layernorm="embeddings.LayerNorm"),
+    *renamed(layernorm="embeddings.LayerNorm"),
     ("encoder.layer.{l}.{attention}.self.{part}.{p}", _ATTENTION),
 )
 _HF: Rows = (*_FFN, (_ATTENTION, _ATTENTION))
@@ -41,34 +36,34 @@ _HEAD: Rows = (
 )
 _TOKENS: Rows = (("query_tokens", "query_tokens"),)
 _LAVIS_QFORMER = _under("Qformer.bert.", "qformer.", _LAVIS)
-_IMAGE = (*_renamed(ln_vision="ln_vision"), *_TOKENS, *_LAVIS_QFORMER)
+_IMAGE = (*renamed(ln_vision="ln_vision"), *_TOKENS, *_LAVIS_QFORMER)
 
 QFORMER_MAPS: dict[str, Rows] = {
     # transformers models/blip_2 and models/instructblip; our QFormer alone has the names below qformer. in BLIP-2
     "qformer.hf_blip2": (
         *_TOKENS,
-        *_under("qformer.", "qformer.", (*_HF, *_renamed(layernorm="layernorm"))),
+        *_under("qformer.", "qformer.", (*_HF, *renamed(layernorm="layernorm"))),
         *_under("", "qformer.", _TABLES),  # Blip2ForImageTextRetrieval
-        *_renamed(projection="language_projection"),
+        *renamed(projection="language_projection"),
     ),
     "qformer.hf_instructblip": (
         *_TOKENS,
-        *_under("qformer.", "qformer.", (*_HF, *_TABLES, *_renamed(layernorm="embeddings.layernorm"))),
-        *_renamed(projection="language_projection"),
+        *_under("qformer.", "qformer.", (*_HF, *_TABLES, *renamed(layernorm="embeddings.layernorm"))),
+        *renamed(projection="language_projection"),
     ),
     # LAVIS lavis/models/blip2_models: OPT's projection, T5's, InstructBLIP's, and the first stage
-    "qformer.lavis_image": (*_IMAGE, *_renamed(projection="opt_proj")),
-    "qformer.lavis_t5": (*_IMAGE, *_renamed(projection="t5_proj")),
-    "qformer.lavis_text": (*_IMAGE, *_renamed(projection="llm_proj")),
+    "qformer.lavis_image": (*_IMAGE, *renamed(projection="opt_proj")),
+    "qformer.lavis_t5": (*_IMAGE, *renamed(projection="t5_proj")),
+    "qformer.lavis_text": (*_IMAGE, *renamed(projection="llm_proj")),
     "qformer.lavis_itg": (*_IMAGE, *_under("Qformer.", "qformer.", _HEAD)),
     "qformer.lavis_stage1": (
         *_IMAGE,
         *_under("Qformer.", "qformer.", _HEAD),
-        *_renamed(vision_proj="vision_proj", text_proj="text_proj", itm_head="itm_head"),
+        *renamed(vision_proj="vision_proj", text_proj="text_proj", itm_head="itm_head"),
         ("temp", "temp"),
     ),
-    "connector.minigpt4": (*_IMAGE, *_renamed(projection="llama_proj")),
-    "connector.minigpt_v2": (*_IMAGE, *_renamed(projection="llama_proj")),
+    "connector.minigpt4": (*_IMAGE, *renamed(projection="llama_proj")),
+    "connector.minigpt_v2": (*_IMAGE, *renamed(projection="llama_proj")),
     "connector.video_llama": (
         *_IMAGE,
         *_under("video_Qformer.bert.", "video.qformer.", _LAVIS),
@@ -80,13 +75,13 @@ QFORMER_MAPS: dict[str, Rows] = {
         *_under("audio_Qformer.bert.", "qformer.", _LAVIS),
         ("audio_query_tokens", "query_tokens"),
         ("audio_position_embedding.weight", "position.weight"),
-        *_renamed(projection="audio_llama_proj"),
+        *renamed(projection="audio_llama_proj"),
     ),
-    "connector.x_llm_image": (*_IMAGE, *_renamed(projection="opt_proj")),
+    "connector.x_llm_image": (*_IMAGE, *renamed(projection="opt_proj")),
     "connector.x_llm_video": (
-        *_renamed(ln_vision="ln_vision", projection="video_proj"),
+        *renamed(ln_vision="ln_vision", projection="video_proj"),
         *_LAVIS_QFORMER,
         ("video_query_tokens", "query_tokens"),
     ),
-    "connector.x_llm_speech": _renamed(projection="speech_feat_proj"),
+    "connector.x_llm_speech": renamed(projection="speech_feat_proj"),
 }
